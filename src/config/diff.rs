@@ -1,0 +1,1 @@
+//! PURE. What changed between two configurations.

@@ -1,0 +1,1 @@
+//! The configuration as written in TOML, with the position of every value.

@@ -1,0 +1,321 @@
+//! The configuration as the rest of preface sees it: names resolved, defaults applied, nothing that can be wrong.
+//!
+//! `file` is the TOML as written, `validate` turns it into a `Config` or into all of its errors, `diff` says what
+//! changed between two, `error` renders for people. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+
+pub mod diff;
+pub mod error;
+pub mod file;
+pub mod validate;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+pub use crate::proxy_protocol::Version;
+
+/// The whole configuration. Equal content means equal values, so an unchanged listener or pool can keep its `Arc`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `[runtime]`
+    pub runtime: Runtime,
+    /// `[log]`
+    pub log: Log,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[listeners.NAME]`
+    pub listeners: BTreeMap<String, Arc<Listener>>,
+    /// `[pools.NAME]`
+    pub pools: BTreeMap<String, Arc<Pool>>,
+}
+
+/// `[runtime]`: the process.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Runtime {
+    /// Threads that carry traffic; 0: one per CPU available, 16 at most. Read at start only.
+    pub workers: usize,
+    /// All listeners together; 0: from the descriptor limit.
+    pub max_connections: usize,
+    /// After a stop signal: still accepting, this long.
+    pub stop_delay: Duration,
+    /// Then open connections have this long to finish.
+    pub stop_timeout: Duration,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Log {
+    /// An `EnvFilter` directive: "info", "preface::health=debug" ...
+    pub level: String,
+    /// Text or JSON lines on stdout.
+    pub format: LogFormat,
+    /// Which connections get a line when they end.
+    pub connections: LogConnections,
+}
+
+/// `log.format`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `key=value` pairs.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `log.connections`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogConnections {
+    /// Every connection, one line at its end.
+    All,
+    /// Only those that did not end regularly.
+    Errors,
+    /// None.
+    Off,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admin {
+    /// Where the admin API listens.
+    pub bind: AdminBind,
+    /// Bearer token of mutating calls, read from `token_file` when the configuration was loaded.
+    pub token_file: Option<PathBuf>,
+}
+
+/// `admin.bind`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminBind {
+    /// `"127.0.0.1:9900"`
+    Tcp(SocketAddr),
+    /// `"unix:/path"`, mode 0660.
+    Unix(PathBuf),
+}
+
+/// `[listeners.NAME]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listener {
+    /// The table's name.
+    pub name: String,
+    /// At least one; no address twice in the whole configuration.
+    pub binds: Vec<Bind>,
+    /// Name of an existing pool.
+    pub pool: String,
+    /// Nothing from either side for this long ends the connection.
+    pub idle_timeout: Duration,
+    /// TCP keepalive towards client and upstream; `None`: off.
+    pub keepalive: Option<Duration>,
+    /// 0: no limit of its own.
+    pub max_connections: usize,
+    /// 0: none. IPv6 is counted per /64.
+    pub max_connections_per_source: usize,
+    /// Sources that may connect; never empty.
+    pub allow: Vec<IpNet>,
+    /// Sources that may not; looked at before `allow`.
+    pub deny: Vec<IpNet>,
+    /// Overrides the pool's, key by key.
+    pub tlvs: Tlvs,
+}
+
+/// One bound address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Bind {
+    /// For `":80"` the address is `[::]` with `any` set.
+    pub address: SocketAddr,
+    /// Written as `":80"`: dual stack, or IPv4 alone where the machine has no IPv6.
+    pub any: bool,
+    /// IPV6_V6ONLY: set for `[::]:P` when the file also binds an IPv4 address on port P. Never with `any`.
+    pub v6only: bool,
+}
+
+/// `[pools.NAME]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pool {
+    /// The table's name.
+    pub name: String,
+    /// How the next upstream is chosen.
+    pub balance: Balance,
+    /// Local addresses for upstream connections, used in turn; empty: the kernel's choice.
+    pub source: Vec<IpAddr>,
+    /// One attempt.
+    pub connect_timeout: Duration,
+    /// All attempts together.
+    pub connect_deadline: Duration,
+    /// Further attempts after a failed one.
+    pub retries: u32,
+    /// Effective weight rises over this time; zero: off.
+    pub slow_start: Duration,
+    /// This many failed connects in a row eject an upstream; 0: never.
+    pub unhealthy_after_failed_connects: u32,
+    /// Connections of a removed upstream have this long.
+    pub drain_timeout: Duration,
+    /// What becomes of connections to an upstream that turned unhealthy.
+    pub on_unhealthy: OnUnhealthy,
+    /// What a new connection gets when no upstream is healthy.
+    pub when_none_healthy: WhenNoneHealthy,
+    /// `None`: not checked.
+    pub health_check: Option<HealthCheck>,
+    /// TLVs of the pool; a listener's and an upstream's override them key by key.
+    pub tlvs: Tlvs,
+    /// In file order; at least one.
+    pub upstreams: Vec<Upstream>,
+}
+
+/// `balance`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// Smooth weighted turn.
+    RoundRobin,
+    /// Smallest open connections / weight.
+    LeastConnections,
+    /// The less loaded of two at random.
+    RandomTwo,
+}
+
+/// `on_unhealthy`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnUnhealthy {
+    /// Connections stay.
+    Keep,
+    /// Connections are reset.
+    Close,
+}
+
+/// `when_none_healthy`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenNoneHealthy {
+    /// Fail open: every enabled upstream of weight > 0, backups included.
+    UseAll,
+    /// Reset new connections.
+    Refuse,
+}
+
+/// `[[pools.NAME.upstreams]]`, the pool's defaults already applied.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Upstream {
+    /// IP address.
+    pub ip: IpAddr,
+    /// `None`: the listener's port.
+    pub port: Option<u16>,
+    /// 0..=256; 0 takes no new connections.
+    pub weight: u32,
+    /// Used when no other is healthy, or every other is full.
+    pub backup: bool,
+    /// `None`: no header.
+    pub proxy_protocol: Option<Version>,
+    /// 0: no limit.
+    pub max_connections: usize,
+    /// The upstream's own; see `Tlvs::merge`.
+    pub tlvs: Tlvs,
+}
+
+/// A `tlvs` table. `None` means "not set here".
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tlvs {
+    /// AWS VPC endpoint ID (0xEA, sub-type 0x01).
+    pub vpce_id: Option<String>,
+    /// By the client's network, longest prefix first (sorted so); else `vpce_id`.
+    pub vpce_id_by_source: Option<Vec<(IpNet, String)>>,
+    /// Azure LINKID (0xEE, sub-type 0x01).
+    pub azure_link_id: Option<u32>,
+    /// GCP Private Service Connect connection id (0xE0).
+    pub gcp_psc_id: Option<u64>,
+    /// Checksum of the header (0x03).
+    pub crc32c: Option<bool>,
+    /// The connection's ULID (0x05).
+    pub unique_id: Option<bool>,
+    /// A fixed host name (0x02).
+    pub authority: Option<String>,
+    /// Network namespace (0x30).
+    pub netns: Option<String>,
+    /// Type and value, in file order.
+    pub custom: Option<Vec<(u8, Vec<u8>)>>,
+}
+
+impl Tlvs {
+    /// Key by key: the upstream's, else the listener's, else the pool's.
+    pub fn merge(upstream: &Tlvs, listener: &Tlvs, pool: &Tlvs) -> Tlvs {
+        macro_rules! first {
+            ($($key:ident),+) => {
+                Tlvs { $( $key: upstream.$key.clone().or_else(|| listener.$key.clone()).or_else(|| pool.$key.clone()) ),+ }
+            };
+        }
+        first!(vpce_id, vpce_id_by_source, azure_link_id, gcp_psc_id, crc32c, unique_id, authority, netns, custom)
+    }
+}
+
+/// `[pools.NAME.health_check]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct HealthCheck {
+    /// What is asked and what counts as an answer.
+    pub probe: Probe,
+    /// From the start of one check to the start of the next.
+    pub interval: Duration,
+    /// Connect, ask and answer together.
+    pub timeout: Duration,
+    /// Successes in a row that turn an unhealthy upstream healthy.
+    pub healthy_threshold: u32,
+    /// Failures in a row that turn a healthy upstream unhealthy.
+    pub unhealthy_threshold: u32,
+    /// `None`: the traffic port.
+    pub port: Option<u16>,
+    /// The header of the check.
+    pub proxy_protocol: CheckHeader,
+    /// v2: LOCAL, or PROXY with the check's own addresses.
+    pub proxy_command: CheckCommand,
+}
+
+/// `health_check.protocol` and the keys that belong to it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Probe {
+    /// Connect; then send and expect where they are set.
+    Tcp {
+        /// Bytes to send; empty: none.
+        send: Vec<u8>,
+        /// A substring of the answer; empty: the connect alone decides.
+        expect: Vec<u8>,
+    },
+    /// `GET path`.
+    Http {
+        /// Request target.
+        path: String,
+        /// `Host`; `None`: the upstream's address.
+        host: Option<String>,
+        /// Ranges of status codes that pass, both ends included.
+        expect_status: Vec<(u16, u16)>,
+    },
+}
+
+/// `health_check.proxy_protocol`, "same" already resolved where a port of its own makes it "off".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckHeader {
+    /// What that upstream's traffic gets.
+    Same,
+    /// None.
+    Off,
+    /// Always this version.
+    Version(Version),
+}
+
+/// `health_check.proxy_command`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckCommand {
+    /// v2 LOCAL. v1 always gives the check's own addresses.
+    Local,
+    /// PROXY with the check's own addresses.
+    Proxy,
+    /// v1 `PROXY UNKNOWN`.
+    Unknown,
+}
+
+/// What came of parsing one file.
+#[derive(Debug)]
+pub struct Parsed {
+    /// The configuration.
+    pub config: Config,
+    /// What is allowed but deserves a look; rendered like errors.
+    pub warnings: Vec<String>,
+}

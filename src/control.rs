@@ -1,0 +1,182 @@
+//! All that may be asked of the control thread: the messages, their answers, and the handle that carries them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::pool::{AdminState, Observation, UpstreamLife};
+
+/// Requests under way to the control thread; a sender waits when it is full.
+pub const COMMANDS_MAX: usize = 256;
+
+/// Who asked for a reload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReloadTrigger {
+    /// The file or one of its directories changed.
+    File,
+    /// SIGHUP.
+    Signal,
+    /// `POST /reload`.
+    Admin,
+}
+
+impl ReloadTrigger {
+    /// The word in logs and status.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ReloadTrigger::File => "file",
+            ReloadTrigger::Signal => "signal",
+            ReloadTrigger::Admin => "admin",
+        }
+    }
+}
+
+/// What came of one reload.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ReloadReport {
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// file, signal or admin.
+    pub trigger: &'static str,
+    /// applied, unchanged or refused.
+    pub outcome: ReloadOutcome,
+    /// One line a change, for people; empty when nothing changed.
+    pub changes: Vec<String>,
+    /// Rendered, one element an error; empty unless refused.
+    pub errors: Vec<String>,
+    /// Rendered warnings of the file.
+    pub warnings: Vec<String>,
+    /// How long load, validation, binding and building took.
+    pub duration_ms: f64,
+}
+
+/// How a reload ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReloadOutcome {
+    /// In force now.
+    Applied,
+    /// The content is what already runs.
+    Unchanged,
+    /// Nothing changed; see the errors.
+    Refused,
+}
+
+/// One request.
+#[derive(Debug)]
+pub enum Command {
+    /// Load the file again.
+    Reload(ReloadTrigger, oneshot::Sender<Arc<ReloadReport>>),
+    /// Set the admin state of upstreams of a pool: of one address, or of all.
+    SetAdmin(SetAdmin, oneshot::Sender<Result<SetAdminReply, SetAdminError>>),
+    /// What a health check observed.
+    Observed(Vec<Observation>),
+    /// Failed connects in a row reached the pool's limit.
+    ConnectsFailed(Arc<UpstreamLife>),
+    /// The status as JSON.
+    Status(oneshot::Sender<serde_json::Value>),
+    /// The metrics in the Prometheus text format.
+    Metrics(oneshot::Sender<String>),
+}
+
+/// An operator's order.
+#[derive(Clone, Debug)]
+pub struct SetAdmin {
+    /// Name of the pool.
+    pub pool: String,
+    /// An address as in the configuration or in `/status` (`10.0.0.1:80`; `10.0.0.1` means every port); `None`: all of the pool.
+    pub address: Option<String>,
+    /// What they become.
+    pub state: AdminState,
+    /// With `Draining`: reset what is still open after this long.
+    pub timeout: Option<Duration>,
+    /// Shown in `/status`: "admin api", "command line".
+    pub by: String,
+}
+
+/// What an order did.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct SetAdminReply {
+    /// The upstreams it named, and the connections still open on each.
+    pub upstreams: Vec<(SocketAddr, u64)>,
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum SetAdminError {
+    /// No such pool.
+    #[error("no pool named {name:?}; pools: {known}")]
+    UnknownPool {
+        /// As asked.
+        name: String,
+        /// Comma separated.
+        known: String,
+    },
+    /// No such upstream.
+    #[error("no upstream {address:?} in pool {pool:?}; upstreams: {known}")]
+    UnknownUpstream {
+        /// Where it was looked for.
+        pool: String,
+        /// As asked.
+        address: String,
+        /// Comma separated.
+        known: String,
+    },
+}
+
+/// Sends requests to the control thread.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    sender: mpsc::Sender<Command>,
+}
+
+/// The control thread has ended.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the control thread has stopped")]
+pub struct Stopped;
+
+/// A handle and the receiving end for the control thread.
+pub fn channel() -> (Handle, mpsc::Receiver<Command>) {
+    let (sender, receiver) = mpsc::channel(COMMANDS_MAX);
+    (Handle { sender }, receiver)
+}
+
+impl Handle {
+    /// Ask for a reload and wait for its outcome.
+    pub async fn reload(&self, trigger: ReloadTrigger) -> Result<Arc<ReloadReport>, Stopped> {
+        self.ask(|reply| Command::Reload(trigger, reply)).await
+    }
+
+    /// Change the admin state of upstreams.
+    pub async fn set_admin(&self, order: SetAdmin) -> Result<Result<SetAdminReply, SetAdminError>, Stopped> {
+        self.ask(|reply| Command::SetAdmin(order, reply)).await
+    }
+
+    /// Report what health checks saw.
+    pub async fn observed(&self, observations: Vec<Observation>) -> Result<(), Stopped> {
+        self.sender.send(Command::Observed(observations)).await.map_err(|_| Stopped)
+    }
+
+    /// Report failed connects; called by workers, never waits. Lost when the queue is full: the next failure reports again.
+    pub fn connects_failed(&self, life: Arc<UpstreamLife>) {
+        let _ = self.sender.try_send(Command::ConnectsFailed(life));
+    }
+
+    /// Everything that the status shows.
+    pub async fn status(&self) -> Result<serde_json::Value, Stopped> {
+        self.ask(Command::Status).await
+    }
+
+    /// The metrics as text.
+    pub async fn metrics(&self) -> Result<String, Stopped> {
+        self.ask(Command::Metrics).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Stopped> {
+        let (sender, receiver) = oneshot::channel();
+        self.sender.send(command(sender)).await.map_err(|_| Stopped)?;
+        receiver.await.map_err(|_| Stopped)
+    }
+}

@@ -1,0 +1,4 @@
+//! tlv.
+#[derive(Clone, Debug, PartialEq, Eq)]
+/// x
+pub struct Tlv;

@@ -1,0 +1,1 @@
+//! The immutable view of everything that the data path reads.
