@@ -27,6 +27,16 @@ pub enum Version {
     V2,
 }
 
+impl Version {
+    /// The word in configuration, logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Version::V1 => "v1",
+            Version::V2 => "v2",
+        }
+    }
+}
+
 /// What the header asks of the receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
