@@ -397,7 +397,7 @@ async fn connect(
     };
     let termination = match timeout(attempt_timeout, connecting).await {
         Ok(Ok(stream)) => return Ok(stream),
-        Ok(Err(error)) if net::is_local_shortage(&error) => {
+        Ok(Err(error)) if net::check::is_local(&error) => {
             tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
             return Err(Termination::LocalResources);
         }
