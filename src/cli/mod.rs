@@ -1,3 +1,5 @@
 //! cli.
 
+pub mod capture;
+pub mod decode;
 pub mod explain;
