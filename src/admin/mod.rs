@@ -1,7 +1,7 @@
 //! The admin API over HTTP: probes, metrics, status, and the operator's orders, all of it questions to the control thread.
 
 pub mod announce;
-mod guard;
+pub mod guard;
 mod listener;
 
 use std::collections::VecDeque;

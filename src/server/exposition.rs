@@ -53,8 +53,12 @@ impl State {
         families
             .gauge("preface_build_info", "Always 1; the version is in the label.")
             .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1_u64);
-        families.gauge("preface_start_time_seconds", "When the process started, in seconds since 1970.").sample(&[], started);
-        families.gauge("preface_connections_open", "Client connections open now.").sample(&[], self.open.count() as u64);
+        families
+            .gauge("preface_start_time_seconds", "When the process started, in seconds since 1970.")
+            .sample(&[], started);
+        families
+            .gauge("preface_connections_open", "Client connections open now.")
+            .sample(&[], self.open.count() as u64);
         families
             .gauge("preface_connections_max", "Client connections that may be open at once.")
             .sample(&[], self.inputs.connections_max as u64);
@@ -85,19 +89,21 @@ impl State {
         for (name, life) in &lives {
             accepted.sample(&[("listener", name)], life.accepted.load(Relaxed));
         }
-        let mut ended = families.counter("preface_connections_ended_total", "Connections ended, by who, phase and why.");
+        let mut ended =
+            families.counter("preface_connections_ended_total", "Connections ended, by who, phase and why.");
         for (name, life) in &lives {
             for termination in Termination::ALL {
                 let count = life.ends[*termination as usize].load(Relaxed);
                 if count > 0 {
                     let (who, phase) = (termination.who().as_str(), termination.phase().as_str());
-                    let labels = [("listener", name.as_str()), ("who", who), ("phase", phase), ("why", termination.why())];
+                    let labels =
+                        [("listener", name.as_str()), ("who", who), ("phase", phase), ("why", termination.why())];
                     ended.sample(&labels, count);
                 }
             }
         }
-        let mut bytes =
-            families.counter("preface_bytes_total", "Payload bytes: in from clients, out to clients; headers not counted.");
+        let mut bytes = families
+            .counter("preface_bytes_total", "Payload bytes: in from clients, out to clients; headers not counted.");
         for (name, life) in &lives {
             bytes.sample(&[("listener", name), ("direction", "in")], life.bytes_in.load(Relaxed));
             bytes.sample(&[("listener", name), ("direction", "out")], life.bytes_out.load(Relaxed));
@@ -122,17 +128,25 @@ impl State {
             }
         };
         counter("preface_upstream_connections_total", "Connections established.", |up| &up.life.counters.connections);
-        counter("preface_upstream_connect_failures_total", "Connects that failed.", |up| &up.life.counters.connect_failures);
-        counter("preface_upstream_bytes_in_total", "Payload bytes sent to the upstream.", |up| &up.life.counters.bytes_in);
-        counter("preface_upstream_bytes_out_total", "Payload bytes from the upstream.", |up| &up.life.counters.bytes_out);
-        let mut health = families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");
+        counter("preface_upstream_connect_failures_total", "Connects that failed.", |up| {
+            &up.life.counters.connect_failures
+        });
+        counter("preface_upstream_bytes_in_total", "Payload bytes sent to the upstream.", |up| {
+            &up.life.counters.bytes_in
+        });
+        counter("preface_upstream_bytes_out_total", "Payload bytes from the upstream.", |up| {
+            &up.life.counters.bytes_out
+        });
+        let mut health =
+            families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");
         for Labelled { pool, address, upstream, .. } in upstreams {
             for value in [Health::Unknown, Health::Healthy, Health::Unhealthy] {
                 let labels = [("pool", *pool), ("upstream", address.as_str()), ("health", value.as_str())];
                 health.sample(&labels, u64::from(upstream.candidate.health == value));
             }
         }
-        let mut admin = families.gauge("preface_upstream_admin", "1 for the state that the operator ordered, 0 for the others.");
+        let mut admin =
+            families.gauge("preface_upstream_admin", "1 for the state that the operator ordered, 0 for the others.");
         for Labelled { pool, address, upstream, .. } in upstreams {
             for value in [AdminState::Enabled, AdminState::Draining, AdminState::Disabled] {
                 let labels = [("pool", *pool), ("upstream", address.as_str()), ("admin", value.as_str())];
@@ -142,7 +156,8 @@ impl State {
     }
 
     fn check_families(&self, families: &mut Families, upstreams: &[Labelled]) {
-        let mut checks = families.counter("preface_health_checks_total", "Health checks by result; void ones say nothing.");
+        let mut checks =
+            families.counter("preface_health_checks_total", "Health checks by result; void ones say nothing.");
         for Labelled { pool, address, key, .. } in upstreams {
             let Some(checker) = self.checkers.get(key) else { continue };
             let stats = checker.stats();

@@ -18,9 +18,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{interval, sleep_until};
 
-use crate::admin;
+use crate::admin::{self, announce};
+use crate::config::Config;
 use crate::config::error::Style;
-use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
 use crate::drain::{OpenConnections, StopSource};
@@ -63,20 +63,25 @@ async fn serve(
     let descriptors = limits::raise_descriptor_limit();
     let mut signals = Signals::new()?;
     let (handle, commands) = control::channel();
-    let listener = admin::bind(&config.admin.bind).with_context(|| format!("admin API on {}", show(&config.admin.bind)))?;
+    let listener = admin::bind(&config.admin.bind)?;
     let mut state = start_state(&path, &config, log, handle.clone(), descriptors)?;
     (state.text, state.warnings) = (text, warnings);
     let admin_bind = config.admin.bind.clone();
-    let token_file = config.admin.token_file.clone();
     state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     state.probes.set_configured();
     state.probes.set_listening();
     let (stop_source, stop) = StopSource::new();
-    let admin_state = admin::State::new(handle, Arc::clone(&state.probes), admin_bind.clone(), token_file);
+    let admin_state = admin::State {
+        control: handle,
+        probes: Arc::clone(&state.probes),
+        access: Arc::clone(&state.access),
+        scope: admin::Scope::All,
+    };
     let mut admin_stop = stop.clone();
-    let admin_task =
-        tokio::spawn(admin::serve(listener, admin_state, async move { admin_stop.stopped().await }));
-    let address_file = write_address_file(&admin_bind);
+    let admin_task = tokio::spawn(admin::serve(listener, admin_state, async move { admin_stop.stopped().await }));
+    let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
+    let _ = std::fs::create_dir(&directory);
+    let announcement = announce::announce(&directory, &admin_bind);
     let (watch, watch_warnings) = Watch::start(&path, hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
@@ -85,19 +90,14 @@ async fn serve(
         tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
     }
     tracing::info!(
-        event = "start", version = env!("CARGO_PKG_VERSION"), config = %path.display(), admin = %show(&admin_bind),
+        event = "start", version = env!("CARGO_PKG_VERSION"), config = %path.display(), admin = %announce::address_text(&admin_bind),
         workers = state.workers.len(), listeners = state.config.listeners.len(), pools = state.config.pools.len(),
         max_connections = state.inputs.connections_max, "serving"
     );
     run_until_stopped(&mut state, commands, watch, &mut signals).await;
     stop_source.stop();
     let _ = tokio::time::timeout(LAST_RESETS, admin_task).await;
-    if let Some(file) = address_file {
-        let _ = std::fs::remove_file(file);
-    }
-    if let AdminBind::Unix(path) = &admin_bind {
-        let _ = std::fs::remove_file(path);
-    }
+    drop(announcement);
     state.workers.drain(..).for_each(Worker::join);
     tracing::info!(event = "stop", "stopped");
     Ok(())
@@ -139,6 +139,7 @@ fn start_state(
         joined: HashSet::new(),
         next_slot: 0,
         unresponsive: 0,
+        access: Arc::default(),
         probes: Arc::new(Probes::new(count, Instant::now())),
         log,
         handle,
@@ -149,6 +150,7 @@ fn start_state(
     })
 }
 
+/// The signals that are listened to.
 struct Signals {
     hangup: Signal,
     terminate: Signal,
@@ -163,12 +165,12 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
         })
     }
+}
 
-    async fn stop(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
+async fn stop_signal(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
     }
 }
 
@@ -188,6 +190,7 @@ async fn run_until_stopped(
     mut watch: Watch,
     signals: &mut Signals,
 ) {
+    let Signals { hangup, terminate, interrupt } = signals;
     let mut tick = interval(TICK);
     let mut stopping = Stopping::No;
     let open = Arc::clone(&state.open);
@@ -207,10 +210,10 @@ async fn run_until_stopped(
                 state.publish();
             }
             change = watch.changed(), if !state.stopping => file_changed(state, change, &mut watch).await,
-            _ = signals.hangup.recv() => {
+            _ = hangup.recv() => {
                 reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
             }
-            name = signals.stop() => {
+            name = stop_signal(terminate, interrupt) => {
                 if state.stopping {
                     tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
                     state.end(None, Termination::StopTimeout).await;
@@ -295,11 +298,7 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     }
 }
 
-async fn reload_from_file(
-    state: &mut State,
-    trigger: ReloadTrigger,
-    watch: &mut Watch,
-) -> Arc<control::ReloadReport> {
+async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
     let content = watch::read(&state.path);
     if let Ok(content) = &content {
         watch.delivered(ContentHash::of(content));
@@ -317,25 +316,4 @@ async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watc
         Err(error) => Err(format!("error: {}: {error}", state.path.display())),
     };
     state.reload(ReloadTrigger::File, content).await;
-}
-
-fn show(bind: &AdminBind) -> String {
-    match bind {
-        AdminBind::Tcp(address) => address.to_string(),
-        AdminBind::Unix(path) => format!("unix:{}", path.display()),
-    }
-}
-
-/// Leaves the admin address where the commands look for it. Skipped where that isn't writable.
-fn write_address_file(bind: &AdminBind) -> Option<PathBuf> {
-    let directory = match std::env::var_os("RUNTIME_DIRECTORY") {
-        Some(directory) => PathBuf::from(directory),
-        None => {
-            let directory = PathBuf::from("/run/preface");
-            let _ = std::fs::create_dir(&directory);
-            directory
-        }
-    };
-    let file = directory.join("preface.admin");
-    std::fs::write(&file, show(bind)).ok().map(|()| file)
 }

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
 
+use crate::admin::guard::Access;
 use crate::config::error::Style;
-use crate::config::{self, Bind, Config, Parsed, diff};
+use crate::config::{self, Config, Parsed, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
@@ -96,6 +97,8 @@ impl State {
             }
             stays
         });
+        let token_file = self.config.admin.token_file.clone();
+        self.access.store(Arc::new(Access { token_file, host_names: Vec::new() }));
         self.check_what_is_configured();
         let touched = std::mem::take(&mut self.touched);
         let before = self.snapshot.load_full();
@@ -122,11 +125,14 @@ impl State {
         }
     }
 
-    fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, (String, Bind)> {
-        let binds = config.listeners.values().flat_map(|listener| listener.binds.iter().map(|bind| (listener, *bind)));
-        binds
-            .map(|(listener, bind)| (snapshot::socket_key(&bind, self.inputs.has_ipv6), (listener.name.clone(), bind)))
-            .collect()
+    fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
+        let mut keys = BTreeMap::new();
+        for listener in config.listeners.values() {
+            for bind in &listener.binds {
+                keys.insert(snapshot::socket_key(bind, self.inputs.has_ipv6), listener.name.clone());
+            }
+        }
+        keys
     }
 
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
@@ -134,7 +140,7 @@ impl State {
         let mut bound = Vec::new();
         let mut errors = Vec::new();
         let mut own: BTreeSet<SocketAddr> = self.inputs.slots.keys().map(|(address, _)| *address).collect();
-        for (key, (name, _)) in self.socket_keys(new) {
+        for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
@@ -142,7 +148,8 @@ impl State {
             let options = BindOptions { address: key.0, v6only: key.1, keepalive };
             // Only our own wildcard may share a port with our own address: the probe would see ourselves.
             let shares = own.iter().any(|other| {
-                other.port() == key.0.port() && (other.ip().is_unspecified() || key.0.ip().is_unspecified() || *other == key.0)
+                other.port() == key.0.port()
+                    && (other.ip().is_unspecified() || key.0.ip().is_unspecified() || *other == key.0)
             });
             let probed = if shares { Ok(()) } else { listen::probe(&options) };
             match probed.and_then(|()| listen::bind(&options, self.workers.len())) {
@@ -248,10 +255,12 @@ fn bind_error(name: &str, address: SocketAddr, error: &std::io::Error) -> String
     let port = address.port();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{port}'"),
-        std::io::ErrorKind::PermissionDenied => format!(
-            "ports below 1024 need CAP_NET_BIND_SERVICE, or net.ipv4.ip_unprivileged_port_start <= {port}"
-        ),
-        std::io::ErrorKind::AddrNotAvailable => "no interface of this machine has that address: see `ip address`".to_owned(),
+        std::io::ErrorKind::PermissionDenied => {
+            format!("ports below 1024 need CAP_NET_BIND_SERVICE, or net.ipv4.ip_unprivileged_port_start <= {port}")
+        }
+        std::io::ErrorKind::AddrNotAvailable => {
+            "no interface of this machine has that address: see `ip address`".to_owned()
+        }
         _ => "see the system's message".to_owned(),
     };
     format!("error: listener {name:?} cannot bind {address}: {error}; {next}")
@@ -260,15 +269,21 @@ fn bind_error(name: &str, address: SocketAddr, error: &std::io::Error) -> String
 fn log_report(report: &ReloadReport) {
     match report.outcome {
         ReloadOutcome::Refused => tracing::error!(
-            event = "reload", trigger = report.trigger, outcome = "refused", errors = report.errors.join("\n"),
+            event = "reload",
+            trigger = report.trigger,
+            outcome = "refused",
+            errors = report.errors.join("\n"),
             "the configuration stays as it was"
         ),
         ReloadOutcome::Unchanged => {
             tracing::info!(event = "reload", trigger = report.trigger, outcome = "unchanged");
         }
         ReloadOutcome::Applied => tracing::info!(
-            event = "reload", trigger = report.trigger, outcome = "applied",
-            duration_ms = format!("{:.1}", report.duration_ms), changes = report.changes.join("; ")
+            event = "reload",
+            trigger = report.trigger,
+            outcome = "applied",
+            duration_ms = format!("{:.1}", report.duration_ms),
+            changes = report.changes.join("; ")
         ),
     }
     for warning in &report.warnings {

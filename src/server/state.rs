@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
+use crate::admin::guard::Access;
 use crate::config::{Config, OnUnhealthy, Version};
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
@@ -81,6 +82,8 @@ pub struct State {
     pub log: Log,
     /// For checkers and workers.
     pub handle: control::Handle,
+    /// Who may ask what of the admin API.
+    pub access: Arc<ArcSwap<Access>>,
     /// What `/livez` and `/readyz` say.
     pub probes: Arc<Probes>,
     /// Open connections of the process.
@@ -221,7 +224,9 @@ impl State {
             match deadline {
                 Deadline::DrainOver { life, order } => {
                     let still = match &order {
-                        Some(key) => self.inputs.admin.get(key).is_some_and(|admin| admin.state == AdminState::Draining),
+                        Some(key) => {
+                            self.inputs.admin.get(key).is_some_and(|admin| admin.state == AdminState::Draining)
+                        }
                         None => !self.inputs.lives.values().any(|known| Arc::ptr_eq(known, &life)),
                     };
                     if still && life.open() > 0 {
