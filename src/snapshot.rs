@@ -1,7 +1,7 @@
 //! The immutable view of everything that the data path reads, and how the next one is built from the last.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -173,7 +173,9 @@ pub struct Inputs {
     /// Where each pool's round robin stands.
     pub turns: HashMap<PoolKey, Arc<AtomicUsize>>,
     /// The slot of each bound address.
-    pub slots: HashMap<Bind, usize>,
+    pub slots: HashMap<SocketKey, usize>,
+    /// Has this machine IPv6? Without it `":80"` is IPv4 alone.
+    pub has_ipv6: bool,
     /// The limit in force for the whole process.
     pub connections_max: usize,
 }
@@ -202,7 +204,7 @@ pub fn build(
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
         for bind in &listener.binds {
-            let Some(slot) = inputs.slots.get(bind).copied() else { continue };
+            let Some(slot) = inputs.slots.get(&socket_key(bind, inputs.has_ipv6)).copied() else { continue };
             let pool_config = &config.pools[&listener.pool];
             let pool = &pools[&pool_key(pool_config, bind.address.port())];
             slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, inputs));
@@ -215,6 +217,17 @@ pub fn build(
         slots,
         pools,
     }
+}
+
+/// What makes a listening socket the same one over a reload: its address and IPV6_V6ONLY.
+pub type SocketKey = (SocketAddr, bool);
+
+/// The socket that a bind asks for.
+pub fn socket_key(bind: &Bind, has_ipv6: bool) -> SocketKey {
+    if bind.any && !has_ipv6 {
+        return (SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), false);
+    }
+    (bind.address, bind.v6only)
 }
 
 /// Which instance of a pool a listener's port uses.
