@@ -1,5 +1,6 @@
 //! `preface demo`: two receivers, a balancer in front of them, and what the receivers read of two first connections.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::fs::{self, DirBuilder};
 use std::io::{self, IsTerminal, Read, Write as _};
@@ -39,7 +40,10 @@ pub fn run(_: Args) -> anyhow::Result<()> {
     let (sender, seen) = mpsc::channel();
     for listener in receivers {
         let sender = sender.clone();
-        spawn("receiver", move || receive(listener, sender))?;
+        spawn("receiver", move || {
+            let Err(error) = receive(listener, sender);
+            eprintln!("preface demo: a receiver could not start: {error}");
+        })?;
     }
     let file = scene.file();
     let story = Story { seen, paint: Paint::of_stdout(), file: file.clone(), ports };
@@ -48,7 +52,7 @@ pub fn run(_: Args) -> anyhow::Result<()> {
         Err(error) => eprintln!("preface demo: {error:#}; the balancer runs on until Ctrl-C"),
     })?;
     // Returns on Ctrl-C; `scene` removes its directory when it is dropped, whatever the outcome.
-    crate::server::run(&file)
+    crate::server::run(file)
 }
 
 /// Where everything listens, on 127.0.0.1.
@@ -168,20 +172,13 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
 }
 
 /// One receiver, for as long as the process lives.
-fn receive(listener: TcpListener, sender: mpsc::Sender<Seen>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let started = runtime.and_then(|runtime| {
-        listener.set_nonblocking(true)?;
-        let _entered = runtime.enter();
-        Ok((tokio::net::TcpListener::from_std(listener)?, runtime))
-    });
-    match started {
-        Ok((listener, runtime)) => {
-            // Once the story is told nobody asks any more.
-            let _never = runtime.block_on(whoami::serve(listener, move |seen| drop(sender.send(seen))));
-        }
-        Err(error) => eprintln!("preface demo: a receiver could not start: {error}"),
-    }
+fn receive(listener: TcpListener, sender: mpsc::Sender<Seen>) -> io::Result<Infallible> {
+    listener.set_nonblocking(true)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        // Once the story is told nobody asks any more.
+        match whoami::serve(listener, move |seen| drop(sender.send(seen))).await {}
+    })
 }
 
 /// The thread that makes the first connections and says what they showed.
@@ -273,10 +270,13 @@ impl Story {
         let mut text = format!("\n{}\n\n", self.paint.bold("Try, in another terminal"));
         for (line, what) in [
             (format!("curl http://{v1}/"), "what the receiver read about you, v1; browsers get a page"),
-            (format!("curl http://{v2}/"), "the same, v2 with its TLVs; again: the other receiver"),
+            (
+                format!("curl http://{v2}/"),
+                "the same, v2 with its TLVs; once more, and the log names the other receiver",
+            ),
             (format!("curl http://{admin}/status"), "listeners, pools, upstreams and their health"),
             (format!("curl http://{admin}/metrics"), "for Prometheus"),
-            (format!("{preface} drain v2 {first} --admin {admin}"), "then curl: only the other receiver"),
+            (format!("{preface} drain v2 {first} --admin {admin}"), "then curl: the log names only the other receiver"),
             (format!("{preface} enable v2 {first} --admin {admin}"), "and back"),
         ] {
             let _ = writeln!(text, "  {line}\n      {}", self.paint.dim(what));
