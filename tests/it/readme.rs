@@ -166,6 +166,17 @@ fn the_log_fields_are_the_code() {
     assert_eq!(keys(&sample), keys(&line), "the sample line");
 }
 
+/// The names are read from the code that writes them, so a metric that nobody documented fails here.
+#[test]
+fn the_table_of_metrics_is_the_code() {
+    let code = include_str!("../../src/server/exposition.rs");
+    let known: Vec<&str> =
+        code.split('"').skip(1).step_by(2).filter(|literal| literal.starts_with("preface_")).collect();
+    let documented: Vec<String> =
+        table("| metric | labels | what |").into_iter().map(|row| row[0].trim_matches('`').to_owned()).collect();
+    assert_eq!(documented, known);
+}
+
 #[test]
 fn the_manifest_is_consistent() {
     let parsed = config::parse("preface.yaml", &manifest_toml()).unwrap_or_else(|errors| panic!("{errors:?}"));
