@@ -1,1 +1,3 @@
 //! The integration tests: one binary, real sockets on port 0.
+
+mod config;
