@@ -144,10 +144,11 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
 }
 
 fn changed_listener(lines: &mut Lines, old: &Listener, new: &Listener) {
-    lines.list("bind", &old.binds, &new.binds);
-    if old.binds.iter().map(ToString::to_string).eq(new.binds.iter().map(ToString::to_string)) && old.binds != new.binds
-    {
-        lines.say("bind: whether \"[::]\" takes IPv4 too has changed");
+    let shown = |listener: &Listener| comma(&listener.binds);
+    match shown(old) == shown(new) {
+        true if old.binds != new.binds => lines.say("bind: whether \"[::]\" takes IPv4, too, has changed"),
+        true => {}
+        false => lines.say(&format!("bind [{}] -> [{}]", shown(old), shown(new))),
     }
     lines.key("pool", &old.pool, &new.pool, |pool| format!("{pool:?}"));
     lines.duration("idle_timeout", old.idle_timeout, new.idle_timeout);

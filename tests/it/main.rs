@@ -1,4 +1,5 @@
 //! The integration tests: one binary, real sockets on port 0.
 
 mod codec;
+mod config;
 mod readme;
