@@ -1,1 +1,52 @@
-//! net.
+//! Sockets, their options and the machine's limits. The only place with `unsafe`.
+
+pub mod check;
+pub mod limits;
+pub mod listen;
+pub mod stream;
+
+use std::io;
+use std::mem;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+pub use listen::{Accepted, Listening};
+pub use stream::Stream;
+
+/// An IPv4 address that came as `::ffff:a.b.c.d` becomes plain IPv4; everything else stays.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
+            Some(v4) => SocketAddr::new(v4.into(), address.port()),
+            None => address,
+        },
+        IpAddr::V4(_) => address,
+    }
+}
+
+/// Has this machine IPv6 sockets at all?
+pub fn has_ipv6() -> bool {
+    socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).is_ok()
+}
+
+/// TCP keepalive: first probe after `idle`, then every `idle / 4` (1 s at least), four unanswered ones end the connection.
+fn keepalive(idle: Duration) -> socket2::TcpKeepalive {
+    let interval = (idle / 4).max(Duration::from_secs(1));
+    socket2::TcpKeepalive::new().with_time(idle.max(Duration::from_secs(1))).with_interval(interval).with_retries(4)
+}
+
+/// Sets an integer socket option that socket2 has no name for.
+pub(crate) fn set_option(socket: &impl AsFd, level: i32, option: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the descriptor is borrowed for the call, and the kernel reads one int from a valid pointer.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            mem::size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

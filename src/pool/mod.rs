@@ -1,22 +1,17 @@
 //! Upstreams and how to choose among them: what outlives a reload, what does not, and the tables that a pick walks.
 
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+pub mod balance;
+pub mod header;
+pub mod life;
 
-/// What of an upstream outlives every change but its removal. Shared by all workers; key: pool and address.
-#[derive(Debug)]
-pub struct UpstreamLife {
-    /// Name of the pool when it was made.
-    pub pool: String,
-    /// Where connections go.
-    pub address: SocketAddr,
-    /// Connections open now, connecting ones included.
-    pub open: AtomicU32,
-    /// Failed connects in a row, over all workers.
-    pub failed_connects: AtomicU32,
-    /// Connections that reached this upstream.
-    pub connections_total: AtomicU64,
-}
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::config::{self, Balance};
+use balance::Candidate;
+pub use life::{Lease, UpstreamLife};
 
 /// What checks observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -28,6 +23,17 @@ pub enum Health {
     Healthy,
     /// Does not.
     Unhealthy,
+}
+
+impl Health {
+    /// The word in logs, metrics and status.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Health::Unknown => "unknown",
+            Health::Healthy => "healthy",
+            Health::Unhealthy => "unhealthy",
+        }
+    }
 }
 
 /// What the operator ordered.
@@ -42,13 +48,30 @@ pub enum AdminState {
     Disabled,
 }
 
-/// The name under which health and admin state are kept.
+impl AdminState {
+    /// The word in logs, metrics and status.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            AdminState::Enabled => "enabled",
+            AdminState::Draining => "draining",
+            AdminState::Disabled => "disabled",
+        }
+    }
+}
+
+/// The name under which life, health and admin state are kept.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UpstreamKey {
     /// Name of the pool.
     pub pool: String,
     /// Address of the upstream.
     pub address: SocketAddr,
+}
+
+impl fmt::Display for UpstreamKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.pool, self.address)
+    }
 }
 
 /// A change of health that a checker decided on.
@@ -60,4 +83,211 @@ pub struct Observation {
     pub health: Health,
     /// "connected in 1 ms", "connection refused", "status 503, expected 200-399" ...
     pub reason: String,
+}
+
+/// One upstream as one snapshot sees it.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// What is shared with other snapshots.
+    pub life: Arc<UpstreamLife>,
+    /// Index in the configured pool's `upstreams`.
+    pub entry: usize,
+    /// 0: no limit.
+    pub connections_max: u32,
+    /// What the rules look at.
+    pub candidate: Candidate,
+    /// How far a slow start has come, of `SLOW_START_STEPS`.
+    pub slow_start_step: u32,
+}
+
+/// A pool as one snapshot sees it. A pool with upstreams that take the listener's port stands here once for each port.
+#[derive(Debug)]
+pub struct Pool {
+    /// The pool's name.
+    pub name: Arc<str>,
+    /// The configuration in force.
+    pub config: Arc<config::Pool>,
+    /// Every upstream, usable or not, in file order.
+    pub upstreams: Vec<Upstream>,
+    /// Where round robin stands, and the start of scans; carried over from snapshot to snapshot.
+    pub turn: Arc<AtomicUsize>,
+    tiers: Vec<Tier>,
+}
+
+/// Upstreams that are tried before those of the next tier.
+#[derive(Debug)]
+struct Tier {
+    /// Index in `Pool::upstreams` and effective weight.
+    members: Vec<(u16, u32)>,
+    /// Round robin's order, by index in `members`.
+    order: Vec<u16>,
+    weight_sum: u64,
+}
+
+/// Why there is nobody to connect to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PickError {
+    /// No upstream takes connections.
+    None,
+    /// Those that do are at their `max_connections`.
+    Full,
+    /// Those with room were tried already.
+    Tried,
+}
+
+/// An upstream to connect to.
+#[derive(Debug)]
+pub struct Picked {
+    /// Index in `Pool::upstreams`.
+    pub index: usize,
+    /// Its place among the open connections.
+    pub lease: Lease,
+}
+
+/// Rescans of least connections before it takes what it found: others keep changing the counts.
+const RESCANS_MAX: usize = 16;
+
+impl Pool {
+    /// Lays out the tables for these upstreams.
+    pub fn new(config: Arc<config::Pool>, upstreams: Vec<Upstream>, turn: Arc<AtomicUsize>) -> Pool {
+        let candidates: Vec<Candidate> = upstreams.iter().map(|upstream| upstream.candidate).collect();
+        let tiers = balance::tiers(&candidates, config.when_none_healthy)
+            .into_iter()
+            .map(|members| Tier::new(&members, &upstreams, config.balance))
+            .collect();
+        Pool { name: Arc::from(config.name.as_str()), config, upstreams, turn, tiers }
+    }
+
+    /// Does any upstream take new connections?
+    pub fn is_usable(&self) -> bool {
+        !self.tiers.is_empty()
+    }
+
+    /// How many upstreams a pick may choose from, later tiers included.
+    pub fn usable(&self) -> usize {
+        self.tiers.iter().map(|tier| tier.members.len()).sum()
+    }
+
+    /// The next upstream that has room and is not in `tried`.
+    pub fn pick(&self, tried: &[usize]) -> Result<Picked, PickError> {
+        let mut outcome = PickError::None;
+        for tier in &self.tiers {
+            let picked = match self.config.balance {
+                Balance::RoundRobin => self.pick_in_turn(tier, tried),
+                Balance::LeastConnections => self.pick_least(tier, tried),
+                Balance::RandomTwo => self.pick_of_two(tier, tried),
+            };
+            match picked {
+                Ok(picked) => return Ok(picked),
+                // "Tried" says more than "full": trying again may help.
+                Err(error) if outcome != PickError::Tried => outcome = error,
+                Err(_) => {}
+            }
+        }
+        Err(outcome)
+    }
+
+    fn pick_in_turn(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
+        let start = self.turn.fetch_add(1, Ordering::Relaxed);
+        self.first_with_room(
+            tier,
+            tried,
+            (0..tier.order.len()).map(|offset| usize::from(tier.order[start.wrapping_add(offset) % tier.order.len()])),
+        )
+    }
+
+    fn pick_least(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
+        let start = self.turn.fetch_add(1, Ordering::Relaxed);
+        for _ in 0..RESCANS_MAX {
+            let mut outcome = PickError::Full;
+            let mut best: Option<(usize, (u32, u32))> = None;
+            for offset in 0..tier.members.len() {
+                let (index, weight) = tier.members[start.wrapping_add(offset) % tier.members.len()];
+                let upstream = &self.upstreams[usize::from(index)];
+                if tried.contains(&usize::from(index)) {
+                    outcome = PickError::Tried;
+                    continue;
+                }
+                let load = (upstream.life.open(), weight);
+                let has_room = upstream.connections_max == 0 || load.0 < upstream.connections_max;
+                if has_room && best.is_none_or(|(_, least)| balance::less_loaded(load, least)) {
+                    best = Some((usize::from(index), load));
+                }
+            }
+            let Some((index, (open, _))) = best else { return Err(outcome) };
+            if let Some(lease) = self.upstreams[index].life.lease_if(open) {
+                return Ok(Picked { index, lease });
+            }
+        }
+        self.pick_in_order(tier, tried)
+    }
+
+    fn pick_of_two(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
+        let draw = || {
+            let member = balance::weighted_index(
+                tier.members.iter().map(|(_, weight)| *weight),
+                fastrand::u64(0..tier.weight_sum),
+            );
+            tier.members[member]
+        };
+        let (first, mut second) = (draw(), draw());
+        if first == second && tier.members.len() > 1 {
+            let position = tier.members.iter().position(|member| *member == first).unwrap_or(0);
+            let step = fastrand::usize(1..tier.members.len());
+            second = tier.members[(position + step) % tier.members.len()];
+        }
+        // What is drawn twice counts by connections alone: its weight is already in the draw.
+        let load = |(index, _): (u16, u32)| self.upstreams[usize::from(index)].life.open();
+        let order = if load(second) < load(first) { [second, first] } else { [first, second] };
+        for (index, _) in order {
+            if let Some(picked) = self.lease(usize::from(index), tried) {
+                return Ok(picked);
+            }
+        }
+        self.pick_in_order(tier, tried)
+    }
+
+    /// The first of the tier that has room, from a random start: when the policy's own choice had none.
+    fn pick_in_order(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
+        let start = fastrand::usize(0..tier.members.len());
+        self.first_with_room(tier, tried, (0..tier.members.len()).map(|offset| (start + offset) % tier.members.len()))
+    }
+
+    fn first_with_room(
+        &self,
+        tier: &Tier,
+        tried: &[usize],
+        members: impl Iterator<Item = usize>,
+    ) -> Result<Picked, PickError> {
+        let mut outcome = PickError::Full;
+        for member in members {
+            let index = usize::from(tier.members[member].0);
+            match self.lease(index, tried) {
+                Some(picked) => return Ok(picked),
+                None if tried.contains(&index) => outcome = PickError::Tried,
+                None => {}
+            }
+        }
+        Err(outcome)
+    }
+
+    fn lease(&self, index: usize, tried: &[usize]) -> Option<Picked> {
+        if tried.contains(&index) {
+            return None;
+        }
+        let upstream = &self.upstreams[index];
+        let lease = upstream.life.lease(upstream.connections_max)?;
+        Some(Picked { index, lease })
+    }
+}
+
+impl Tier {
+    fn new(members: &[usize], upstreams: &[Upstream], balance: Balance) -> Tier {
+        let weights: Vec<u32> = members.iter().map(|index| upstreams[*index].candidate.weight).collect();
+        let steps: Vec<u32> = members.iter().map(|index| upstreams[*index].slow_start_step).collect();
+        let weights = balance::effective_weights(&weights, &steps);
+        let order = if balance == Balance::RoundRobin { balance::lay_out(&weights) } else { Vec::new() };
+        let weight_sum = weights.iter().copied().map(u64::from).sum();
+        Tier { members: members.iter().map(|index| *index as u16).zip(weights).collect(), order, weight_sum }
+    }
 }

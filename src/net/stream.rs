@@ -1,0 +1,143 @@
+//! One TCP connection in a worker's event loop, with the few operations that the data path needs.
+
+use std::future::Future;
+use std::io;
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketAddrAny};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A connected (or connecting) non-blocking TCP socket.
+#[derive(Debug)]
+pub struct Stream {
+    fd: AsyncFd<OwnedFd>,
+}
+
+/// A wait for the peer's reset.
+pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+
+impl Stream {
+    /// Takes an accepted, non-blocking socket into the current runtime.
+    pub fn new(fd: OwnedFd) -> io::Result<Stream> {
+        // SAFETY: an OwnedFd refers to the same open descriptor until it is dropped, which AsyncFd does last.
+        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE)? } })
+    }
+
+    /// Starts to connect; `connected` tells the outcome.
+    pub fn connect(address: SocketAddr, source: Option<IpAddr>, keepalive: Option<Duration>) -> io::Result<Stream> {
+        let socket =
+            Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+        socket.set_tcp_nodelay(true)?;
+        if let Some(idle) = keepalive {
+            socket.set_tcp_keepalive(&super::keepalive(idle))?;
+        }
+        if let Some(source) = source {
+            // The port is chosen at connect, per destination: 64k connections for each upstream instead of for all.
+            super::set_option(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+            socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
+        }
+        match socket.connect(&SockAddr::from(address)) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        Stream::new(OwnedFd::from(socket))
+    }
+
+    /// Waits until the handshake is over.
+    pub async fn connected(&self) -> io::Result<()> {
+        // The guard keeps its readiness: the socket is writable from here on.
+        let _ready = self.fd.writable().await?;
+        match SockRef::from(&self.fd).take_error()? {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// The address on this side: for an accepted connection, the one that the client wrote to.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        let address: SocketAddrAny = rustix::net::getsockname(self.fd.as_fd())?;
+        let address = SocketAddr::try_from(address).map_err(|_| io::Error::other("not an IP socket"))?;
+        Ok(super::canonical(address))
+    }
+
+    /// Reads once. A short read means that the socket is empty now: readiness is given back without another call that
+    /// would only say so.
+    pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_read_ready(cx))?;
+            match rustix::net::recv(self.fd.get_ref(), &mut *buffer, RecvFlags::empty()) {
+                Ok((_, count)) => {
+                    if count > 0 && count < buffer.len() {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Writes once. A short write means that the socket is full now.
+    pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
+                Ok(count) => {
+                    if count < bytes.len() {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+
+    /// Completes when the socket is in error: how a reset shows on a side that isn't being read.
+    pub fn error_watch(&self) -> ErrorWatch<'_> {
+        Box::pin(async {
+            // An error of the registration itself ends the watch as well: the next call on the socket will say why.
+            let _ = self.fd.ready(Interest::ERROR).await;
+        })
+    }
+
+    /// Sends FIN after what was written; reading goes on.
+    pub fn shutdown_write(&self) -> io::Result<()> {
+        Ok(rustix::net::shutdown(self.fd.get_ref(), Shutdown::Write)?)
+    }
+
+    /// Bytes written that the peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
+    pub fn unacknowledged(&self) -> Option<usize> {
+        let mut count = MaybeUninit::<libc::c_int>::zeroed();
+        // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int to the pointer, which is valid and initialised to zero.
+        let count = unsafe {
+            if libc::ioctl(self.fd.get_ref().as_raw_fd(), libc::TIOCOUTQ, count.as_mut_ptr()) != 0 {
+                return None;
+            }
+            count.assume_init()
+        };
+        usize::try_from(count).ok()
+    }
+
+    /// Closes with RST: the peer must not take what it got for the whole.
+    pub fn reset(self) {
+        // Should the option fail, the socket is closed with FIN: there is no other way to send a reset.
+        let _ = SockRef::from(&self.fd).set_linger(Some(Duration::ZERO));
+    }
+}
+
+/// Closes an accepted socket with RST before it ever became a `Stream`.
+pub fn reset(fd: OwnedFd) {
+    let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
+}
