@@ -185,7 +185,7 @@ fn unmapped(text: &Text<'_>, ip: IpAddr) -> Result<IpAddr, Box<Diagnostic>> {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
             let v4 = ip.to_canonical();
             let diagnostic = Diagnostic::error(&text.span, format!("{:?} is an IPv4 address in IPv6 form", text.value));
-            Err(Box::new(diagnostic.help(format!("write {v4}"))))
+            Err(Box::new(diagnostic.help(format!("write it as IPv4: {v4}"))))
         }
         ip => Ok(ip),
     }

@@ -249,7 +249,7 @@ fn changed_tlvs(lines: &mut Lines, before: &str, old: &Tlvs, new: &Tlvs) {
         format!("[{}]", entries.collect::<Vec<_>>().join(", "))
     });
     lines.key(&format!("{before}tlvs.custom"), &old.custom, &new.custom, |list| {
-        let entries = list.iter().flatten().map(|(kind, value)| format!("{kind:#04x} \"{}\"", value.escape_ascii()));
+        let entries = list.iter().flatten().map(|(kind, value)| format!("0x{kind:02X} \"{}\"", value.escape_ascii()));
         format!("[{}]", entries.collect::<Vec<_>>().join(", "))
     });
 }

@@ -149,6 +149,9 @@ fn header(section: &Section<'_>, port: Option<u16>, upstreams: &[Upstream]) -> C
 
 fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
     let Some(span) = section.written("proxy_command") else { return };
+    if section.word_is_wrong("proxy_protocol") {
+        return;
+    }
     let sends = |version: Version| match check.proxy_protocol {
         CheckHeader::Off => false,
         CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(version)),

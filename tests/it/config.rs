@@ -494,3 +494,30 @@ fn one_mistake_is_one_error() {
     error("[listeners.a\nbind = \":80\"\npool = \"p\"\n[pools.p]\nupstreams = [\"10.0.0.1:1\"]");
     error("[listeners.a]\nbind = \":80\"\npool = \"p\"\n[pools.p\nupstreams = [\"10.0.0.1:1\"]");
 }
+
+#[test]
+fn no_damage_to_a_file_makes_the_parser_or_its_reports_panic() {
+    let text = fs::read_to_string("config/preface.toml").expect("it is there");
+    let text = text.replace("# required.", "# ü\t\u{1f980}\r\n#");
+    let check = |text: &str| {
+        if let Err(errors) = config::parse("x.toml", text) {
+            assert!(
+                errors.render(Style::Plain).iter().all(|report| report.contains("error: ") || report.contains("more"))
+            );
+        }
+        config::lenient_admin_bind(text);
+    };
+    let boundaries: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+    let junk = ["", "[", "]]", "\"", "'''", "=", "\n", "{", "\0", "9e9", "\\u", ",", "[[a.b]]\n", "é"];
+    let mut random = fastrand::Rng::with_seed(1);
+    for _ in 0..300 {
+        let at = random.usize(..boundaries.len());
+        let to = boundaries.get(at + random.usize(..20)).copied().unwrap_or(text.len());
+        let from = boundaries[at];
+        check(&text[..from]);
+        check(&format!("{}{}{}", &text[..from], junk[random.usize(..junk.len())], &text[to..]));
+    }
+    check(&"[".repeat(100_000));
+    check(&format!("a = {}", "[".repeat(100_000)));
+    check(&format!("{} = 1\n", ["a"; 10_000].join(".")));
+}
