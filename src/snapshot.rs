@@ -168,6 +168,8 @@ pub struct Inputs {
     pub admin: HashMap<UpstreamKey, AdminRecord>,
     /// Lives of upstreams.
     pub lives: HashMap<UpstreamKey, Arc<UpstreamLife>>,
+    /// Lives of upstreams that were removed and still have connections, or might come back before their time is over.
+    pub leaving: HashMap<UpstreamKey, Arc<UpstreamLife>>,
     /// Lives of listeners.
     pub listener_lives: HashMap<String, Arc<ListenerLife>>,
     /// Where each pool's round robin stands.

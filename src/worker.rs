@@ -80,12 +80,20 @@ impl Worker {
         log: log::Sender,
     ) -> io::Result<Worker> {
         let (inbox, messages) = mpsc::channel(INBOX_MAX);
-        let runtime = tokio::runtime::Builder::new_current_thread();
+        let (started, outcome) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-            let mut runtime = runtime;
-            let runtime = runtime.enable_all().build_local(LocalOptions::default()).expect("a runtime can be built");
-            runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+            // Built on its own thread: a local runtime cannot be sent there.
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+            match runtime {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(()));
+                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
         })?;
+        outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))?;
         Ok(Worker { inbox, thread: Some(thread) })
     }
 

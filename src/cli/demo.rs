@@ -1,231 +1,423 @@
-//! `preface demo`: two receivers, a balancer in front of them, and two first connections, without a file or any rights.
+//! `preface demo`: two receivers, a balancer in front of them, and what the receivers read of two first connections.
 
-use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::fs::{self, DirBuilder};
+use std::io::{self, IsTerminal, Read, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context, anyhow, bail};
 
-use super::explain::{explain, summary};
+use super::explain::explain;
 use super::whoami::{self, First, Seen};
+use crate::proxy_protocol::Addresses;
 
-/// The balancer serves within this long, or something is wrong.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// The balancer must listen, and a header arrive, within this.
+const FIRST_CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between two attempts to reach a balancer that is only just starting.
+const CONNECT_PAUSE: Duration = Duration::from_millis(5);
+/// Names tried for the directory before giving up.
+const DIRECTORY_ATTEMPTS_MAX: usize = 16;
 
-/// Between two looks whether it serves.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
-
-/// A first connection takes milliseconds.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Show headers from real connections through a balancer; needs no file and no rights
+/// See preface work: no file, no root, nothing to install
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Starts two receivers and a balancer in front of them on 127.0.0.1, makes a connection with a v1 and
-one with a v2 header, shows what the receivers read, and serves until Ctrl-C.")]
+Starts two receivers and a balancer in front of them on 127.0.0.1, with a v1 and a v2 listener,
+shows the headers of two first connections, and serves until Ctrl-C.")]
 pub struct Args {}
 
-/// Everything that was started.
-struct Demo {
-    /// Holds the configuration file; removed in the end.
-    directory: PathBuf,
+/// Everything starts, is shown, and serves until Ctrl-C.
+pub fn run(_: Args) -> anyhow::Result<()> {
+    let receivers = [listen(9081)?, listen(9082)?];
+    let ports = Ports::choose(&receivers)?;
+    let scene = Scene { directory: Directory::create()?, ports };
+    fs::write(scene.file(), scene.toml()).with_context(|| format!("cannot write {}", scene.file().display()))?;
+
+    let (sender, seen) = mpsc::channel();
+    for listener in receivers {
+        let sender = sender.clone();
+        spawn("receiver", move || {
+            let Err(error) = receive(listener, sender);
+            eprintln!("preface demo: a receiver could not start: {error}");
+        })?;
+    }
+    let file = scene.file();
+    let story = Story { seen, paint: Paint::of_stdout(), file: file.clone(), ports };
+    spawn("demo", move || match story.tell() {
+        Ok(()) => {}
+        Err(error) => eprintln!("preface demo: {error:#}; the balancer runs on until Ctrl-C"),
+    })?;
+    // Returns on Ctrl-C; `scene` removes its directory when it is dropped, whatever the outcome.
+    crate::server::run(file)
+}
+
+/// Where everything listens, on 127.0.0.1.
+#[derive(Clone, Copy, Debug)]
+struct Ports {
     v1: SocketAddr,
     v2: SocketAddr,
     admin: SocketAddr,
     receivers: [SocketAddr; 2],
 }
 
-/// Shows, then serves.
-pub fn run(_: Args) -> anyhow::Result<()> {
-    let (seen, sightings) = mpsc::channel();
-    let receivers = [start_receiver(seen.clone())?, start_receiver(seen)?];
-    let [v1, v2, admin] = free_addresses([8081, 8082, 9900])?;
-    let directory = std::env::temp_dir().join(format!("preface-demo-{}", std::process::id()));
-    let demo = Demo { directory, v1, v2, admin, receivers };
-    fs::create_dir(&demo.directory).with_context(|| format!("cannot make {}", demo.directory.display()))?;
-    let outcome = show_and_serve(&demo, sightings);
-    let _ = fs::remove_dir_all(&demo.directory);
-    outcome
-}
-
-fn show_and_serve(demo: &Demo, sightings: mpsc::Receiver<Seen>) -> anyhow::Result<()> {
-    let file = demo.directory.join("preface.toml");
-    fs::write(&file, demo.configuration()).with_context(|| format!("cannot write {}", file.display()))?;
-    let server = {
-        let file = file.clone();
-        thread::Builder::new().name("control".into()).spawn(move || crate::server::run(file))?
-    };
-    let start = Instant::now();
-    while TcpStream::connect(demo.admin).is_err() {
-        if server.is_finished() {
-            let outcome = server.join().map_err(|_| anyhow!("the balancer panicked"))?;
-            return outcome.context("the balancer did not start");
-        }
-        if start.elapsed() > START_TIMEOUT {
-            bail!("the balancer has not started within {} s", START_TIMEOUT.as_secs());
-        }
-        thread::sleep(LOOK_EVERY);
+impl Ports {
+    /// The easily remembered ones where they are free. All are held until each is known, so no two are the same.
+    fn choose(receivers: &[TcpListener; 2]) -> anyhow::Result<Ports> {
+        let held = [listen(8081)?, listen(8082)?, listen(9900)?];
+        Ok(Ports {
+            v1: held[0].local_addr()?,
+            v2: held[1].local_addr()?,
+            admin: held[2].local_addr()?,
+            receivers: [receivers[0].local_addr()?, receivers[1].local_addr()?],
+        })
     }
-    super::print(&demo.introduction())?;
-    for (version, address) in [("v1", demo.v1), ("v2", demo.v2)] {
-        super::print(&first_connection(version, address, &sightings)?)?;
+}
+
+/// On that port of 127.0.0.1, or on any if it is taken.
+fn listen(port: u16) -> anyhow::Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+        .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .context("no free port on 127.0.0.1")
+}
+
+/// What was set up for this demo, and goes with it.
+struct Scene {
+    directory: Directory,
+    ports: Ports,
+}
+
+impl Scene {
+    fn file(&self) -> PathBuf {
+        self.directory.path.join("preface.toml")
     }
-    super::print(&demo.what_to_try(&file))?;
-    thread::spawn(move || {
-        for seen in sightings {
-            if super::print(&one_line(&seen)).is_err() {
-                break;
-            }
-        }
-    });
-    server.join().map_err(|_| anyhow!("the balancer panicked"))?
-}
 
-/// A receiver on a port of its own, with a thread of its own.
-fn start_receiver(seen: mpsc::Sender<Seen>) -> anyhow::Result<SocketAddr> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("cannot bind a receiver on 127.0.0.1")?;
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // The channel's sender is not Sync; the receiver's callback has to be.
-    let seen = std::sync::Mutex::new(seen);
-    thread::Builder::new().name("receiver".into()).spawn(move || {
-        runtime.block_on(async {
-            let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-            let on_header = move |sight| {
-                if let Ok(seen) = seen.lock() {
-                    let _ = seen.send(sight);
-                }
-            };
-            match whoami::serve(listener, on_header).await {}
-        });
-    })?;
-    Ok(address)
-}
-
-/// Loopback addresses that nobody listens on, with these ports where they are free.
-fn free_addresses<const N: usize>(ports: [u16; N]) -> anyhow::Result<[SocketAddr; N]> {
-    let bind = |port: u16| TcpListener::bind(("127.0.0.1", port)).or_else(|_| TcpListener::bind("127.0.0.1:0"));
-    // All are held until each has its own.
-    let held = ports.map(bind);
-    let mut addresses = [SocketAddr::from(([127, 0, 0, 1], 0)); N];
-    for (address, held) in addresses.iter_mut().zip(held) {
-        *address = held.and_then(|held| held.local_addr()).context("no free port on 127.0.0.1")?;
-    }
-    Ok(addresses)
-}
-
-impl Demo {
-    fn configuration(&self) -> String {
-        let Demo { v1, v2, admin, receivers: [first, second], .. } = self;
+    fn toml(&self) -> String {
+        let Ports { v1, v2, admin, receivers: [first, second] } = self.ports;
         format!(
-            r#"# The demo's configuration. Change it and save: preface applies it at once.
+            r#"# The demo's configuration. Change something and save: the running balancer takes it over, and tells you so.
+# A mistake changes nothing; you are told where it is.
 
 [runtime]
-workers = 1
-stop_timeout = "1s"
-
-[log]
-level = "warn"
-connections = "off"             # "all": a line for each connection
+workers = 2
+stop_timeout = "2s"
 
 [admin]
 bind = "{admin}"
 
-[listeners.version1]
+[listeners.v1]
 bind = "{v1}"
-pool = "version1"
+pool = "v1"
 
-[listeners.version2]
+[listeners.v2]
 bind = "{v2}"
-pool = "version2"
+pool = "v2"
 
-[pools.version1]
-proxy_protocol = "v1"
+[pools.v1]
+proxy_protocol = "v1"                   # try "v2", or "off"
 upstreams = ["{first}", "{second}"]
+health_check = {{ protocol = "http" }}
 
-[pools.version2]
+[pools.v2]
 proxy_protocol = "v2"
-upstreams = ["{first}", "{second}"]
+balance = "round_robin"                 # try "least_connections"
+upstreams = ["{first}", "{second}"]     # try to remove one
+health_check = {{ protocol = "http" }}
 
-[pools.version2.tlvs]
-vpce_id = "vpce-08d2bf15fac5001c9"
-unique_id = true
+[pools.v2.tlvs]
+vpce_id = "vpce-08d2bf15fac5001c9"      # an AWS VPC endpoint: try another one
 crc32c = true
+unique_id = true                        # the same id as in the log line
 "#
         )
     }
+}
 
-    fn introduction(&self) -> String {
-        let Demo { v1, v2, receivers: [first, second], .. } = self;
-        format!(
-            "  client --> preface {v1} --- v1 header --.\n  {:46}+--> receivers {first}, {second}\n  \
-             client --> preface {v2} --- v2 header --'\n",
-            ""
-        )
-    }
+/// A directory that nobody else may enter, removed when dropped.
+struct Directory {
+    path: PathBuf,
+}
 
-    fn what_to_try(&self, file: &Path) -> String {
-        let Demo { v1, v2, admin, receivers: [first, _], .. } = self;
-        let file = file.display();
-        format!(
-            "
-Now you; every connection is shown here. Ctrl-C ends the demo.
-
-  # what the receiver read, as it decodes it; and past the balancer: no header
-  curl http://{v1}/
-  curl http://{v2}/
-  curl http://{first}/
-
-  # another VPC endpoint, in force with the next connection
-  sed -i 's/vpce-[0-9a-f]*/vpce-0123456789abcdef0/' {file}
-  curl http://{v2}/
-
-  # one receiver takes no new connections, until: preface enable ...
-  preface drain version2 {first} --admin {admin}
-
-  # what an operator sees
-  curl http://{admin}/status
-  curl http://{admin}/metrics
-
-"
-        )
+impl Directory {
+    fn create() -> anyhow::Result<Directory> {
+        let parent = std::env::temp_dir();
+        for _ in 0..DIRECTORY_ATTEMPTS_MAX {
+            let path = parent.join(format!("preface-demo-{:06}", fastrand::u32(..1_000_000)));
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Directory { path }),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => {
+                    let next = "name a writable directory in TMPDIR";
+                    return Err(error).with_context(|| format!("cannot write to {}; {next}", parent.display()));
+                }
+            }
+        }
+        bail!("{} is full of earlier demos; remove its preface-demo-*", parent.display())
     }
 }
 
-/// Connect as a client, and show what the receiver read before the client's first byte.
-fn first_connection(version: &str, address: SocketAddr, sightings: &mpsc::Receiver<Seen>) -> anyhow::Result<String> {
-    let failed = || format!("the first connection to {address} failed");
-    let mut stream = TcpStream::connect_timeout(&address, CONNECTION_TIMEOUT).with_context(failed)?;
-    stream.set_read_timeout(Some(CONNECTION_TIMEOUT))?;
-    let client = stream.local_addr()?;
-    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").with_context(failed)?;
-    stream.read_to_end(&mut Vec::new()).with_context(failed)?;
-    let seen = sightings.recv_timeout(CONNECTION_TIMEOUT).with_context(failed)?;
-    let First::Header { header, raw } = &seen.first else {
-        bail!("the receiver read no header:\n{}", seen.text());
-    };
-    let text: String = explain(header, raw).trim_end().lines().map(|line| format!("  {line}\n")).collect();
-    Ok(format!(
-        "\n{version}: {client} connected to {address}. Before its first byte the receiver {} read:\n\n{text}",
-        seen.local
-    ))
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure, and nothing is lost by it.
+        let _ = fs::remove_dir_all(&self.path);
+    }
 }
 
-fn one_line(seen: &Seen) -> String {
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).context("cannot start a thread")?;
+    Ok(())
+}
+
+/// One receiver, for as long as the process lives.
+fn receive(listener: TcpListener, sender: mpsc::Sender<Seen>) -> io::Result<Infallible> {
+    listener.set_nonblocking(true)?;
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        // Once the story is told nobody asks any more.
+        match whoami::serve(listener, move |seen| drop(sender.send(seen))).await {}
+    })
+}
+
+/// The thread that makes the first connections and says what they showed.
+struct Story {
+    seen: mpsc::Receiver<Seen>,
+    paint: Paint,
+    file: PathBuf,
+    ports: Ports,
+}
+
+impl Story {
+    fn tell(&self) -> anyhow::Result<()> {
+        let Ports { v1, v2, .. } = self.ports;
+        // Both stay open until all is said, so that their lines in the log come after it.
+        let (first, first_seen) = self.connect(v1)?;
+        let (second, second_seen) = self.connect(v2)?;
+        let mut text = self.opening();
+        text.push_str(&self.chapter(1, "v1", v1, &first_seen)?);
+        text.push_str(&self.chapter(2, "v2", v2, &second_seen)?);
+        text.push_str(&self.what_next());
+        say(&text);
+        drop((first, second));
+        Ok(())
+    }
+
+    /// A request through the balancer, answered, and what the receiver read before it.
+    fn connect(&self, listener: SocketAddr) -> anyhow::Result<(TcpStream, Seen)> {
+        let deadline = Instant::now() + FIRST_CONNECTION_TIMEOUT;
+        let mut stream = loop {
+            match TcpStream::connect_timeout(&listener, FIRST_CONNECTION_TIMEOUT) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() > deadline => {
+                    return Err(error).with_context(|| format!("the balancer does not answer on {listener}"));
+                }
+                Err(_) => std::thread::sleep(CONNECT_PAUSE),
+            }
+        };
+        let client = stream.local_addr()?;
+        stream.set_read_timeout(Some(FIRST_CONNECTION_TIMEOUT))?;
+        let mut answer = Vec::new();
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n")
+            .and_then(|()| stream.read_to_end(&mut answer))
+            .with_context(|| format!("the first connection to {listener} failed"))?;
+        // The receivers also report health checks; this connection's header names this connection.
+        let seen = std::iter::from_fn(|| self.seen.recv_timeout(deadline - Instant::now().min(deadline)).ok())
+            .find(|seen| is_about(seen, client))
+            .ok_or_else(|| anyhow!("no receiver reported a header that names {client}"))?;
+        Ok((stream, seen))
+    }
+
+    fn opening(&self) -> String {
+        let Ports { v1, v2, receivers: [first, second], .. } = self.ports;
+        let title = self.paint.bold("preface demo");
+        format!(
+            "\n{title}: a balancer between you and two receivers, all on this machine\n\n\
+             \x20 you -> {v1:<15} listener v1 --+--> {first} receiver\n\
+             \x20 you -> {v2:<15} listener v2 --+--> {second} receiver\n"
+        )
+    }
+
+    /// One connection: what the receiver read first, field by field.
+    fn chapter(&self, number: usize, version: &str, listener: SocketAddr, seen: &Seen) -> anyhow::Result<String> {
+        let First::Header { header, raw } = &seen.first else { bail!("no header came through {listener}") };
+        let title = format!("{number}. A connection to {listener}, where the pool sends {version}");
+        let mut text = format!("\n{}\n", self.paint.bold(&title));
+        let _ = writeln!(
+            text,
+            "   Before the client's first byte, receiver {} read these {} bytes:\n",
+            seen.local,
+            raw.len()
+        );
+        let explained = explain(header, raw);
+        let (facts, fields) = explained.split_once("\n\n").unwrap_or((&explained, ""));
+        for line in facts.lines() {
+            let _ = writeln!(text, "     {}", self.paint.green(line));
+        }
+        text.push('\n');
+        for line in fields.lines() {
+            let _ = writeln!(text, "   {}", self.paint.dim(line));
+        }
+        let _ = writeln!(text, "\n   Without them, all it would know is that {} connected: the balancer.", seen.peer);
+        Ok(text)
+    }
+
+    fn what_next(&self) -> String {
+        let Ports { v1, v2, admin, receivers: [first, _] } = self.ports;
+        let preface = command();
+        let mut text = format!("\n{}\n\n", self.paint.bold("Try, in another terminal"));
+        for (line, what) in [
+            (format!("curl http://{v1}/"), "what the receiver read about you, v1; browsers get a page"),
+            (
+                format!("curl http://{v2}/"),
+                "the same, v2 with its TLVs; once more, and the log names the other receiver",
+            ),
+            (format!("curl http://{admin}/status"), "listeners, pools, upstreams and their health"),
+            (format!("curl http://{admin}/metrics"), "for Prometheus"),
+            (format!("{preface} drain v2 {first} --admin {admin}"), "then curl: the log names only the other receiver"),
+            (format!("{preface} enable v2 {first} --admin {admin}"), "and back"),
+        ] {
+            let _ = writeln!(text, "  {line}\n      {}", self.paint.dim(what));
+        }
+        let _ = write!(
+            text,
+            "\n{}  edit this file and save; it reloads, and no connection is lost:\n\n  {}\n\n{}\n\n",
+            self.paint.bold("Hot reload"),
+            self.file.display(),
+            self.paint.dim("Ctrl-C ends the demo and removes that file. Below: the balancer's log, one line for each connection that ended."),
+        );
+        text
+    }
+}
+
+fn is_about(seen: &Seen, client: SocketAddr) -> bool {
     match &seen.first {
         First::Header { header, .. } => {
-            let facts: Vec<String> = summary(header).lines().map(squeezed).collect();
-            format!("{} read {}\n", seen.local, facts.join(", "))
+            matches!(header.addresses, Addresses::Inet { source, .. } if source == client)
         }
-        _ => format!("{} read no header: {} connected past the balancer\n", seen.local, seen.peer),
+        First::Nothing(_) | First::Wrong { .. } => false,
     }
 }
 
-fn squeezed(line: &str) -> String {
-    line.split_whitespace().collect::<Vec<_>>().join(" ")
+/// How this program was called: under `cargo run` it is not in the PATH.
+fn command() -> String {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    called.as_deref().map(Path::display).map_or_else(|| "preface".to_owned(), |path| path.to_string())
+}
+
+/// A closed standard output is no reason to stop serving.
+fn say(text: &str) {
+    let mut stdout = io::stdout().lock();
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+}
+
+/// Colours, or none.
+#[derive(Clone, Copy, Debug)]
+struct Paint {
+    on: bool,
+}
+
+impl Paint {
+    /// On a terminal, unless NO_COLOR is set or the terminal can do nothing.
+    fn of_stdout() -> Paint {
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        Paint { on: io::stdout().is_terminal() && !is_set("NO_COLOR") && !is_dumb }
+    }
+
+    fn bold(self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    fn dim(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.on && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proxy_protocol::{Header, Tlv, Transport, Version};
+
+    fn ports() -> Ports {
+        let local = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Ports { v1: local(8081), v2: local(8082), admin: local(9900), receivers: [local(9081), local(9082)] }
+    }
+
+    fn seen(version: Version, listener: SocketAddr, tlvs: Vec<Tlv>) -> Seen {
+        let client: SocketAddr = "127.0.0.1:40112".parse().expect("an address");
+        let header = Header::proxy(version, Addresses::inet(client, listener, Transport::Stream), tlvs);
+        let mut raw = Vec::new();
+        header.encode(&mut raw).expect("a short header");
+        let peer = "127.0.0.1:50132".parse().expect("an address");
+        Seen { transport: Transport::Stream, peer, local: ports().receivers[0], first: First::Header { header, raw } }
+    }
+
+    #[test]
+    fn its_configuration_is_valid_and_draws_no_warning() {
+        let scene = Scene { directory: Directory::create().expect("a directory"), ports: ports() };
+        let parsed = crate::config::parse("preface.toml", &scene.toml()).expect("valid");
+        assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
+        assert_eq!(parsed.config.listeners.len(), 2);
+    }
+
+    #[test]
+    fn its_directory_is_private_and_goes_with_it() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = Directory::create().expect("a directory");
+        let path = directory.path.clone();
+        assert_eq!(fs::metadata(&path).expect("it exists").permissions().mode() & 0o777, 0o700);
+        drop(directory);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn takes_another_port_where_the_nice_one_is_taken() {
+        let taken = listen(0).expect("a port");
+        let other = listen(taken.local_addr().expect("bound").port()).expect("another port");
+        assert_ne!(taken.local_addr().expect("bound"), other.local_addr().expect("bound"));
+    }
+
+    #[test]
+    fn tells_what_the_receivers_read() {
+        let (_, nothing_more) = mpsc::channel();
+        let file = PathBuf::from("/tmp/preface-demo-123456/preface.toml");
+        let story = Story { seen: nothing_more, paint: Paint { on: false }, file, ports: ports() };
+        let vpce = vec![Tlv::AwsVpcEndpoint("vpce-08d2bf15fac5001c9".into())];
+        let first = seen(Version::V1, ports().v1, Vec::new());
+        let second = seen(Version::V2, ports().v2, vpce);
+        let text = [
+            story.opening(),
+            story.chapter(1, "v1", ports().v1, &first).expect("a header"),
+            story.chapter(2, "v2", ports().v2, &second).expect("a header"),
+            story.what_next().replace(&command(), "preface"),
+        ]
+        .concat();
+        insta::assert_snapshot!(text);
+    }
+
+    #[test]
+    fn knows_its_own_connection_from_a_health_check() {
+        let own = seen(Version::V1, ports().v1, Vec::new());
+        assert!(is_about(&own, "127.0.0.1:40112".parse().expect("an address")));
+        assert!(!is_about(&own, "127.0.0.1:40113".parse().expect("an address")));
+        let check = Seen { first: First::Nothing(Vec::new()), ..own };
+        assert!(!is_about(&check, "127.0.0.1:40112".parse().expect("an address")));
+    }
+
+    #[test]
+    fn colours_only_where_they_are_wanted() {
+        assert_eq!(Paint { on: false }.bold("x"), "x");
+        assert_eq!(Paint { on: true }.bold("x"), "\x1b[1mx\x1b[0m");
+    }
 }

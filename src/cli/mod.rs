@@ -1,6 +1,7 @@
 //! The command line: what there is, and how a command ends. Exit status 0: done; 1: failed; 2: wrong usage.
 
 pub mod capture;
+pub mod check;
 pub mod client;
 pub mod completions;
 pub mod decode;
@@ -11,6 +12,7 @@ pub mod man;
 pub mod order;
 pub mod reload;
 pub mod run;
+pub mod schema;
 pub mod whoami;
 
 use std::io::{self, Write};
@@ -27,7 +29,6 @@ pub const CONFIG_FILE: &str = "/etc/preface/preface.toml";
 #[command(
     name = "preface",
     version,
-    max_term_width = 100,
     arg_required_else_help = true,
     after_help = "\
 Begin with `preface demo`: it needs no file and no rights.
@@ -38,30 +39,21 @@ pub struct Cli {
     command: Command,
 }
 
-/// The subcommands.
+/// The subcommands; each file documents its own.
 #[derive(Debug, clap::Subcommand)]
-pub enum Command {
-    #[allow(missing_docs)]
+enum Command {
     Run(run::Args),
-    #[allow(missing_docs)]
+    Check(check::Args),
     Demo(demo::Args),
-    #[allow(missing_docs)]
     Whoami(whoami::Args),
-    #[allow(missing_docs)]
     Decode(decode::Args),
-    #[allow(missing_docs)]
     Reload(reload::Args),
-    #[allow(missing_docs)]
     Drain(order::DrainArgs),
-    #[allow(missing_docs)]
     Disable(order::DisableArgs),
-    #[allow(missing_docs)]
     Enable(order::EnableArgs),
-    #[allow(missing_docs)]
     Health(health::Args),
-    #[allow(missing_docs)]
+    Schema(schema::Args),
     Completions(completions::Args),
-    #[allow(missing_docs)]
     Man(man::Args),
 }
 
@@ -69,6 +61,7 @@ pub enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(args),
+        Command::Check(args) => check::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Whoami(args) => whoami::run(args),
         Command::Decode(args) => decode::run(args),
@@ -77,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Disable(args) => order::disable(args),
         Command::Enable(args) => order::enable(args),
         Command::Health(args) => health::run(args),
+        Command::Schema(args) => schema::run(args),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
     };

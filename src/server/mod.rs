@@ -299,6 +299,11 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
 }
 
 async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
+    if state.stopping {
+        return state
+            .reload(trigger, Err("error: the process is stopping: nothing is reloaded any more".to_owned()))
+            .await;
+    }
     let content = watch::read(&state.path);
     if let Ok(content) = &content {
         watch.delivered(ContentHash::of(content));

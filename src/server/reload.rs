@@ -187,10 +187,16 @@ impl State {
             if let Some(life) = self.inputs.lives.remove(key)
                 && let Some(pool) = old.pools.get(&key.pool)
             {
+                self.inputs.leaving.insert(key.clone(), Arc::clone(&life));
                 self.deadlines.push((now + pool.drain_timeout, Deadline::DrainOver { life, order: None }));
             }
         }
         for key in new_keys.difference(&old_keys) {
+            // It was removed and comes back in time: the same life, and its connections stay.
+            if let Some(life) = self.inputs.leaving.remove(key) {
+                self.deadlines.retain(|(_, deadline)| !deadline.is_removal_of(&life));
+                self.inputs.lives.entry(key.clone()).or_insert(life);
+            }
             // At the start of the process, and in a new pool, everyone joins: there is nobody to spare.
             let joins = old.pools.contains_key(&key.pool);
             let pool = Arc::clone(&self.config.pools[&key.pool]);

@@ -37,13 +37,20 @@ pub enum Deadline {
     DrainOver {
         /// Whose.
         life: Arc<UpstreamLife>,
-        /// Only if it still drains; `None`: it was removed, unless it came back.
+        /// Only if it still drains; `None`: it was removed.
         order: Option<UpstreamKey>,
     },
     /// An upstream of an unchecked pool comes back.
     Readmit(UpstreamKey),
     /// The next step of a slow start.
     SlowStart(UpstreamKey),
+}
+
+impl Deadline {
+    /// Is it the end of a removed upstream's time?
+    pub fn is_removal_of(&self, removed: &Arc<UpstreamLife>) -> bool {
+        matches!(self, Deadline::DrainOver { life, order: None } if Arc::ptr_eq(life, removed))
+    }
 }
 
 /// The control thread's state.
@@ -227,7 +234,10 @@ impl State {
                         Some(key) => {
                             self.inputs.admin.get(key).is_some_and(|admin| admin.state == AdminState::Draining)
                         }
-                        None => !self.inputs.lives.values().any(|known| Arc::ptr_eq(known, &life)),
+                        None => {
+                            self.inputs.leaving.retain(|_, leaving| !Arc::ptr_eq(leaving, &life));
+                            true
+                        }
                     };
                     if still && life.open() > 0 {
                         tracing::warn!(event = "drain", upstream = %life.address, open = life.open(), "time is over: the rest is reset");
