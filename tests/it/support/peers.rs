@@ -136,7 +136,10 @@ pub fn haproxy() -> Haproxy {
     let haproxy = Haproxy { process, _directory: directory, headers, plain };
     wait_until_listening("HAProxy", plain);
     // That question itself leaves a line in the log; everything after it is the test's.
-    haproxy.process.stdout.wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
+    haproxy
+        .process
+        .stdout
+        .wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
     haproxy
 }
 
