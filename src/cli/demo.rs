@@ -26,8 +26,8 @@ const DIRECTORY_ATTEMPTS_MAX: usize = 16;
 /// See preface work: no file, no root, nothing to install
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Starts two receivers and a balancer in front of them on 127.0.0.1, with a v1 and a v2 listener, shows the headers of two
-first connections, and serves until Ctrl-C.")]
+Starts two receivers and a balancer in front of them on 127.0.0.1, with a v1 and a v2 listener,
+shows the headers of two first connections, and serves until Ctrl-C.")]
 pub struct Args {}
 
 /// Everything starts, is shown, and serves until Ctrl-C.

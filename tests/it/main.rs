@@ -5,6 +5,7 @@
 
 mod support;
 
+mod cli;
 mod codec;
 mod config;
 mod readme;
