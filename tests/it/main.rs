@@ -8,4 +8,8 @@ mod support;
 mod cli;
 mod codec;
 mod config;
+mod hostile;
+mod measured;
+mod pools;
 mod readme;
+mod traffic;
