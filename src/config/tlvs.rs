@@ -76,8 +76,8 @@ fn vpce_id_by_source(section: &Section<'_>) -> Option<Vec<(IpNet, String)>> {
     let mut found: Vec<(IpNet, String)> = Vec::new();
     for element in section.list("vpce_id_by_source")? {
         let Element::Table(entry) = element else { continue };
-        entry.require("from", "an entry of \"vpce_id_by_source\"");
-        entry.require("id", "an entry of \"vpce_id_by_source\"");
+        entry.require("from", "an entry of \"vpce_id_by_source\"", "\"10.1.0.0/16\"");
+        entry.require("id", "an entry of \"vpce_id_by_source\"", "\"vpce-08d2bf15fac5001c9\"");
         let id = entry.text("id").and_then(|text| vpce_id(&entry, &text));
         let from = entry.text("from").and_then(|text| address::network(&entry, &text));
         let (Some(from), Some(id)) = (from, id) else { continue };
@@ -106,7 +106,7 @@ fn custom(section: &Section<'_>) -> Option<Vec<(u8, Vec<u8>)>> {
     let mut found = Vec::new();
     for element in section.list("custom")? {
         let Element::Table(entry) = element else { continue };
-        entry.require("type", "a custom TLV");
+        entry.require("type", "a custom TLV", "0xE4");
         let kind = entry.integer("type").map(|kind| u8::try_from(kind).expect("limited to 8 bits"));
         if let Some(kind) = kind {
             check_custom_type(&entry, kind);
@@ -163,7 +163,7 @@ fn custom_value(entry: &Section<'_>) -> Option<Vec<u8>> {
     }
     let hex = hex?;
     let digits: Vec<u32> = hex.value.chars().map_while(|c| c.to_digit(16)).collect();
-    if digits.len() != hex.value.chars().count() || digits.len() % 2 != 0 {
+    if digits.len() != hex.value.chars().count() || !digits.len().is_multiple_of(2) {
         let diagnostic = Diagnostic::error(&hex.span, "\"hex\" must be an even number of hexadecimal digits");
         entry.note(diagnostic.help("two digits a byte, without spaces and without 0x: \"0a0b\""));
         return None;
