@@ -1,3 +1,12 @@
-//! The integration tests: one binary, real sockets on port 0.
+//! The integration tests: one binary, real sockets on free ports, the real program in front of real receivers.
+//!
+//! `tests/run` installs what they need. A test whose program is missing fails and says so; a test that this machine
+//! cannot run (no network namespaces, no capture) says SKIP and why, and `tests/run` counts it at its end.
+
+mod support;
 
 mod codec;
+mod netns;
+mod receivers;
+mod requested;
+mod tidy;
