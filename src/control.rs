@@ -1,5 +1,7 @@
 //! All that may be asked of the control thread: the messages, their answers, and the handle that carries them.
 
+pub mod probes;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +79,8 @@ pub enum Command {
     ConnectsFailed(Arc<UpstreamLife>),
     /// The status as JSON.
     Status(oneshot::Sender<serde_json::Value>),
+    /// The configuration in force as JSON.
+    Config(oneshot::Sender<serde_json::Value>),
     /// The metrics in the Prometheus text format.
     Metrics(oneshot::Sender<String>),
 }
@@ -164,9 +168,15 @@ impl Handle {
         let _ = self.sender.try_send(Command::ConnectsFailed(life));
     }
 
-    /// Everything that the status shows.
+    /// Everything that the status shows. `preface drain --wait` reads `pools.NAME.upstreams[]` in it, each with its
+    /// `address` and the number of its `open` connections.
     pub async fn status(&self) -> Result<serde_json::Value, Stopped> {
         self.ask(Command::Status).await
+    }
+
+    /// The configuration in force.
+    pub async fn config(&self) -> Result<serde_json::Value, Stopped> {
+        self.ask(Command::Config).await
     }
 
     /// The metrics as text.

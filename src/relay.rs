@@ -1,1 +1,331 @@
-//! relay.
+//! Bytes both ways between two sockets: half-close kept, resets passed on after what was read before them, nothing
+//! buffered while both sides keep up.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use crate::net::Stream;
+use crate::net::stream::ErrorWatch;
+use crate::termination::Termination;
+
+/// The worker's read buffer, shared by all its connections; never held across an await.
+pub type Scratch = Rc<RefCell<Vec<u8>>>;
+
+/// Size of the scratch buffer: what one read can take, and the most that a connection holds back per direction.
+pub const SCRATCH_BYTES: usize = 64 * 1024;
+
+/// Reads of one direction before the worker's other tasks have a turn.
+const READS_PER_POLL: usize = 16;
+
+/// A reset is passed on at the latest when the other side took nothing for this long.
+const RESET_STALL_MAX: Duration = Duration::from_secs(1);
+/// Between looks at what the other side has not acknowledged yet.
+const RESET_POLL: Duration = Duration::from_millis(10);
+
+/// What the outside may see and say while bytes flow.
+pub trait Observer {
+    /// `count` more bytes were written to the upstream.
+    fn to_upstream(&self, count: usize);
+    /// `count` more bytes were written to the client.
+    fn to_client(&self, count: usize);
+    /// Ordered to end; called at each wake-up, keeps the waker for the order.
+    fn poll_ordered(&self, cx: &mut Context<'_>) -> Option<Termination>;
+}
+
+/// One direction: what was read and did not fit yet, and how far the close has come.
+#[derive(Debug, Default)]
+struct Direction {
+    pending: Vec<u8>,
+    written: usize,
+    eof: bool,
+    shut: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Client,
+    Upstream,
+}
+
+/// Why bytes stopped flowing.
+enum Stopped {
+    /// Both directions came to their end in good order.
+    Finished,
+    /// A side was reset; what it sent before is still to be delivered.
+    Reset(Side),
+    /// Idle for too long, or ordered to end.
+    Ended(Termination),
+}
+
+/// What was already taken from the client and could not be written with the header, and whether it closed since.
+#[derive(Debug, Default)]
+pub struct Early {
+    /// For the upstream, before anything read from now on.
+    pub pending: Vec<u8>,
+    /// The client has sent its FIN.
+    pub client_eof: bool,
+    /// The client was reset.
+    pub client_reset: bool,
+}
+
+/// Carries bytes until both sides are done, one is reset, or it is ordered to end; closes both as fits the end.
+pub async fn run(
+    client: Stream,
+    upstream: Stream,
+    early: Early,
+    idle_timeout: Duration,
+    scratch: &Scratch,
+    observer: &impl Observer,
+) -> Termination {
+    let mut relay = Relay {
+        client: &client,
+        upstream: &upstream,
+        up: Direction { pending: early.pending, eof: early.client_eof, ..Direction::default() },
+        down: Direction::default(),
+        first_eof: early.client_eof.then_some(Side::Client),
+        client_watch: None,
+        upstream_watch: None,
+        last_active: Instant::now(),
+        observer,
+    };
+    let stopped = if early.client_reset {
+        Stopped::Reset(Side::Client)
+    } else {
+        let idle = sleep_until(relay.last_active + idle_timeout);
+        tokio::pin!(idle);
+        poll_fn(|cx| relay.poll(cx, idle.as_mut(), idle_timeout, &mut scratch.borrow_mut())).await
+    };
+    let termination = match stopped {
+        Stopped::Finished if relay.first_eof == Some(Side::Client) => return Termination::ClientClosed,
+        Stopped::Finished => return Termination::UpstreamClosed,
+        Stopped::Reset(side) => {
+            relay.deliver_rest(side, scratch).await;
+            match side {
+                Side::Client => Termination::ClientReset,
+                Side::Upstream => Termination::UpstreamReset,
+            }
+        }
+        Stopped::Ended(termination) => termination,
+    };
+    drop(relay);
+    // Neither side may take what it has for the whole.
+    client.reset();
+    upstream.reset();
+    termination
+}
+
+struct Relay<'a, O> {
+    client: &'a Stream,
+    upstream: &'a Stream,
+    up: Direction,
+    down: Direction,
+    first_eof: Option<Side>,
+    /// Kept once made: a side that isn't being read would not tell of its reset otherwise.
+    client_watch: Option<ErrorWatch<'a>>,
+    upstream_watch: Option<ErrorWatch<'a>>,
+    last_active: Instant,
+    observer: &'a O,
+}
+
+/// What one look at a direction brought.
+enum Progress {
+    /// Nothing more to do now.
+    Waiting { moved: usize },
+    /// The budget is used up: more may be there.
+    Busy { moved: usize },
+    /// Everything was delivered and the close passed on.
+    Done { moved: usize },
+}
+
+impl<'a, O: Observer> Relay<'a, O> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut idle: Pin<&mut Sleep>,
+        idle_timeout: Duration,
+        scratch: &mut [u8],
+    ) -> Poll<Stopped> {
+        if let Some(termination) = self.observer.poll_ordered(cx) {
+            return Poll::Ready(Stopped::Ended(termination));
+        }
+        let up = match self.up.poll(cx, self.client, self.upstream, scratch) {
+            Ok(progress) => progress,
+            Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Client)),
+            Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
+        };
+        let down = match self.down.poll(cx, self.upstream, self.client, scratch) {
+            Ok(progress) => progress,
+            Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
+            Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Client)),
+        };
+        self.observer.to_upstream(up.moved());
+        self.observer.to_client(down.moved());
+        if self.first_eof.is_none() {
+            self.first_eof = match (self.up.eof, self.down.eof) {
+                (true, _) => Some(Side::Client),
+                (_, true) => Some(Side::Upstream),
+                _ => None,
+            };
+        }
+        if matches!((&up, &down), (Progress::Done { .. }, Progress::Done { .. })) {
+            return Poll::Ready(Stopped::Finished);
+        }
+        if up.moved() + down.moved() > 0 {
+            self.last_active = Instant::now();
+        }
+        if matches!(up, Progress::Busy { .. }) || matches!(down, Progress::Busy { .. }) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if !self.up.is_reading() && watch(&mut self.client_watch, self.client, cx) {
+            return Poll::Ready(Stopped::Reset(Side::Client));
+        }
+        if !self.down.is_reading() && watch(&mut self.upstream_watch, self.upstream, cx) {
+            return Poll::Ready(Stopped::Reset(Side::Upstream));
+        }
+        while idle.as_mut().poll(cx).is_ready() {
+            let deadline = self.last_active + idle_timeout;
+            if deadline <= Instant::now() {
+                return Poll::Ready(Stopped::Ended(Termination::IdleTimeout));
+            }
+            idle.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+
+    /// `side` was reset. What it had sent before still goes to the other side, as long as that one takes it.
+    async fn deliver_rest(&mut self, side: Side, scratch: &Scratch) {
+        let (from, to) = match side {
+            Side::Client => (self.client, self.upstream),
+            Side::Upstream => (self.upstream, self.client),
+        };
+        let stalled = sleep(RESET_STALL_MAX);
+        tokio::pin!(stalled);
+        poll_fn(|cx| {
+            let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
+            // The close must not be passed on: the reset comes in its place.
+            direction.shut = true;
+            let progress = direction.poll(cx, from, to, &mut scratch.borrow_mut());
+            let (finished, moved, busy) = match progress {
+                Ok(Progress::Waiting { moved }) => (false, moved, false),
+                Ok(Progress::Busy { moved }) => (false, moved, true),
+                Ok(Progress::Done { moved }) => (true, moved, false),
+                Err(End::Read) => {
+                    // All that it sent was read; what is pending still has to go.
+                    direction.eof = true;
+                    (direction.pending.is_empty(), 0, !direction.pending.is_empty())
+                }
+                Err(End::Write) => (true, 0, false),
+            };
+            match side {
+                Side::Client => self.observer.to_upstream(moved),
+                Side::Upstream => self.observer.to_client(moved),
+            }
+            if finished || self.observer.poll_ordered(cx).is_some() {
+                return Poll::Ready(());
+            }
+            if moved > 0 {
+                stalled.as_mut().reset(Instant::now() + RESET_STALL_MAX);
+            }
+            if busy {
+                cx.waker().wake_by_ref();
+            }
+            stalled.as_mut().poll(cx)
+        })
+        .await;
+        let mut least = usize::MAX;
+        let mut since = Instant::now();
+        while let Some(left @ 1..) = to.unacknowledged() {
+            if left < least {
+                (least, since) = (left, Instant::now());
+            } else if since.elapsed() >= RESET_STALL_MAX {
+                break;
+            }
+            sleep(RESET_POLL).await;
+        }
+    }
+}
+
+fn watch<'a>(watch: &mut Option<ErrorWatch<'a>>, stream: &'a Stream, cx: &mut Context<'_>) -> bool {
+    watch.get_or_insert_with(|| stream.error_watch()).as_mut().poll(cx).is_ready()
+}
+
+impl Progress {
+    fn moved(&self) -> usize {
+        match self {
+            Progress::Waiting { moved } | Progress::Busy { moved } | Progress::Done { moved } => *moved,
+        }
+    }
+}
+
+/// Which end of a direction failed.
+enum End {
+    Read,
+    Write,
+}
+
+impl Direction {
+    fn is_reading(&self) -> bool {
+        self.pending.is_empty() && !self.eof
+    }
+
+    /// Moves what can be moved. Never reads while something is pending: back-pressure is the kernel's buffers.
+    fn poll(&mut self, cx: &mut Context<'_>, from: &Stream, to: &Stream, scratch: &mut [u8]) -> Result<Progress, End> {
+        let mut moved = 0;
+        for _ in 0..READS_PER_POLL {
+            if !self.pending.is_empty() {
+                match self.poll_flush(cx, to, &mut moved) {
+                    Poll::Pending => return Ok(Progress::Waiting { moved }),
+                    Poll::Ready(Err(_)) => return Err(End::Write),
+                    Poll::Ready(Ok(())) => {}
+                }
+            }
+            if self.eof {
+                if !self.shut {
+                    // A peer that is gone answers the next call on its socket; here there is nobody to tell.
+                    let _ = to.shutdown_write();
+                    self.shut = true;
+                }
+                return Ok(Progress::Done { moved });
+            }
+            let count = match from.poll_read(cx, scratch) {
+                Poll::Pending => return Ok(Progress::Waiting { moved }),
+                Poll::Ready(Err(_)) => return Err(End::Read),
+                Poll::Ready(Ok(0)) => {
+                    self.eof = true;
+                    continue;
+                }
+                Poll::Ready(Ok(count)) => count,
+            };
+            let written = match to.poll_write(cx, &scratch[..count]) {
+                Poll::Pending => 0,
+                Poll::Ready(Err(_)) => return Err(End::Write),
+                Poll::Ready(Ok(written)) => written,
+            };
+            moved += written;
+            if written < count {
+                self.pending = scratch[written..count].to_vec();
+                self.written = 0;
+            }
+        }
+        Ok(Progress::Busy { moved })
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>, to: &Stream, moved: &mut usize) -> Poll<io::Result<()>> {
+        while self.written < self.pending.len() {
+            let count = ready!(to.poll_write(cx, &self.pending[self.written..]))?;
+            self.written += count;
+            *moved += count;
+        }
+        self.pending = Vec::new();
+        self.written = 0;
+        Poll::Ready(Ok(()))
+    }
+}

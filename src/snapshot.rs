@@ -1,1 +1,337 @@
-//! The immutable view of everything that the data path reads.
+//! The immutable view of everything that the data path reads, and how the next one is built from the last.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use crate::config::{self, Bind, Config, LogConnections, Tlvs};
+use crate::pool::balance::{Candidate, SLOW_START_STEPS};
+use crate::pool::header::HeaderPlan;
+use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey, UpstreamLife};
+use crate::termination::Termination;
+
+/// What a worker reads, loaded once per connection.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Counts up with each one stored.
+    pub generation: u64,
+    /// All listeners together.
+    pub connections_max: usize,
+    /// Which connections are logged.
+    pub log_connections: Option<LogConnections>,
+    /// By slot: the number that a bound address keeps while it stays, and that no other ever gets.
+    pub slots: BTreeMap<usize, Arc<Listener>>,
+    /// One a pool, and one a port where upstreams take the listener's.
+    pub pools: BTreeMap<PoolKey, Arc<Pool>>,
+}
+
+/// A pool's name, and the listener's port where upstreams have none of their own.
+pub type PoolKey = (String, Option<u16>);
+
+/// A listener as a snapshot sees it, for one of its ports.
+#[derive(Debug)]
+pub struct Listener {
+    /// The configuration in force.
+    pub config: Arc<config::Listener>,
+    /// Counts that outlive reloads.
+    pub life: Arc<ListenerLife>,
+    /// Where its connections go.
+    pub pool: Arc<Pool>,
+    /// By the configured pool's `upstreams`.
+    pub headers: Arc<Vec<HeaderPlan>>,
+}
+
+/// What of a listener outlives a reload; key: its name.
+#[derive(Debug)]
+pub struct ListenerLife {
+    /// The listener's name.
+    pub name: Arc<str>,
+    /// Open now.
+    pub open: AtomicU32,
+    /// Accepted, refused ones included.
+    pub accepted: AtomicU64,
+    /// Ended connections by `Termination`.
+    pub ends: [AtomicU64; Termination::ALL.len()],
+    /// Bytes from clients.
+    pub bytes_in: AtomicU64,
+    /// Bytes to clients.
+    pub bytes_out: AtomicU64,
+    /// Headers sent, v1 and v2.
+    pub headers: [AtomicU64; 2],
+    sources: Vec<Mutex<HashMap<IpAddr, u32>>>,
+}
+
+/// Locks among which sources are spread.
+const SOURCE_SHARDS: usize = 64;
+
+impl ListenerLife {
+    /// Nothing open, nothing counted.
+    pub fn new(name: &str) -> Arc<ListenerLife> {
+        Arc::new(ListenerLife {
+            name: Arc::from(name),
+            open: AtomicU32::new(0),
+            accepted: AtomicU64::new(0),
+            ends: [const { AtomicU64::new(0) }; Termination::ALL.len()],
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            headers: [const { AtomicU64::new(0) }; 2],
+            sources: (0..SOURCE_SHARDS).map(|_| Mutex::default()).collect(),
+        })
+    }
+
+    /// Counts an end.
+    pub fn ended(&self, termination: Termination) {
+        self.ends[termination as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes a place among this source's connections unless `limit` are open. IPv6 is counted per /64.
+    pub fn enter_source(&self, client: IpAddr, limit: usize) -> bool {
+        let source = source_of(client);
+        let mut shard = self.shard(source).lock().unwrap_or_else(PoisonError::into_inner);
+        let open = shard.entry(source).or_insert(0);
+        let has_room = (*open as usize) < limit;
+        if has_room {
+            *open += 1;
+        }
+        has_room
+    }
+
+    /// Gives back what `enter_source` took.
+    pub fn leave_source(&self, client: IpAddr) {
+        let source = source_of(client);
+        let mut shard = self.shard(source).lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = shard.get_mut(&source) {
+            *open -= 1;
+            if *open == 0 {
+                shard.remove(&source);
+            }
+        }
+    }
+
+    fn shard(&self, source: IpAddr) -> &Mutex<HashMap<IpAddr, u32>> {
+        let bytes = match source {
+            IpAddr::V4(v4) => u64::from(v4.to_bits()),
+            IpAddr::V6(v6) => (v6.to_bits() >> 64) as u64,
+        };
+        // Fibonacci hashing: neighbouring addresses spread over all shards.
+        &self.sources[(bytes.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 58) as usize % SOURCE_SHARDS]
+    }
+}
+
+fn source_of(client: IpAddr) -> IpAddr {
+    match client {
+        IpAddr::V4(_) => client,
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() >> 64 << 64).into()),
+    }
+}
+
+impl Listener {
+    /// May this source connect? `deny` is looked at first.
+    pub fn allows(&self, client: IpAddr) -> bool {
+        !self.config.deny.iter().any(|network| network.contains(&client))
+            && self.config.allow.iter().any(|network| network.contains(&client))
+    }
+}
+
+/// What checks observed of an upstream, and since when.
+#[derive(Clone, Debug)]
+pub struct HealthRecord {
+    /// Now.
+    pub health: Health,
+    /// Why.
+    pub reason: String,
+    /// When it became so.
+    pub since: SystemTime,
+    /// Start of its slow start, while that lasts.
+    pub slow_start: Option<Instant>,
+}
+
+/// What the operator ordered for an upstream.
+#[derive(Clone, Debug)]
+pub struct AdminRecord {
+    /// Now.
+    pub state: AdminState,
+    /// Since when.
+    pub since: SystemTime,
+    /// By what: "admin api", "command line" ...
+    pub by: String,
+}
+
+/// All that a snapshot is made of beside the configuration. The control thread's alone.
+#[derive(Debug, Default)]
+pub struct Inputs {
+    /// By upstream; one without a record takes the default of its pool.
+    pub health: HashMap<UpstreamKey, HealthRecord>,
+    /// By upstream; one without a record is enabled.
+    pub admin: HashMap<UpstreamKey, AdminRecord>,
+    /// Lives of upstreams.
+    pub lives: HashMap<UpstreamKey, Arc<UpstreamLife>>,
+    /// Lives of upstreams that were removed and still have connections, or might come back before their time is over.
+    pub leaving: HashMap<UpstreamKey, Arc<UpstreamLife>>,
+    /// Lives of listeners.
+    pub listener_lives: HashMap<String, Arc<ListenerLife>>,
+    /// Where each pool's round robin stands.
+    pub turns: HashMap<PoolKey, Arc<AtomicUsize>>,
+    /// The slot of each bound address.
+    pub slots: HashMap<SocketKey, usize>,
+    /// Has this machine IPv6? Without it `":80"` is IPv4 alone.
+    pub has_ipv6: bool,
+    /// The limit in force for the whole process.
+    pub connections_max: usize,
+}
+
+/// Builds the next snapshot. Pools not named in `touched` (`None`: all are) keep their `Arc`s if their configuration did.
+pub fn build(
+    previous: &Snapshot,
+    config: &Config,
+    inputs: &mut Inputs,
+    touched: Option<&HashSet<String>>,
+    now: Instant,
+) -> Snapshot {
+    let mut pools = BTreeMap::new();
+    for key in pool_keys(config) {
+        let pool = &config.pools[&key.0];
+        let kept = previous
+            .pools
+            .get(&key)
+            .filter(|kept| Arc::ptr_eq(&kept.config, pool) && touched.is_some_and(|names| !names.contains(&key.0)));
+        let built = match kept {
+            Some(kept) => Arc::clone(kept),
+            None => Arc::new(build_pool(pool, key.1, inputs, now)),
+        };
+        pools.insert(key, built);
+    }
+    let mut slots = BTreeMap::new();
+    for listener in config.listeners.values() {
+        for bind in &listener.binds {
+            let Some(slot) = inputs.slots.get(&socket_key(bind, inputs.has_ipv6)).copied() else { continue };
+            let pool_config = &config.pools[&listener.pool];
+            let pool = &pools[&pool_key(pool_config, bind.address.port())];
+            slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, inputs));
+        }
+    }
+    Snapshot {
+        generation: previous.generation + 1,
+        connections_max: inputs.connections_max,
+        log_connections: Some(config.log.connections),
+        slots,
+        pools,
+    }
+}
+
+/// What makes a listening socket the same one over a reload: its address and IPV6_V6ONLY.
+pub type SocketKey = (SocketAddr, bool);
+
+/// The socket that a bind asks for.
+pub fn socket_key(bind: &Bind, has_ipv6: bool) -> SocketKey {
+    if bind.any && !has_ipv6 {
+        return (SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), false);
+    }
+    (bind.address, bind.v6only)
+}
+
+/// Which instance of a pool a listener's port uses.
+pub fn pool_key(pool: &config::Pool, port: u16) -> PoolKey {
+    let takes_port = pool.upstreams.iter().any(|upstream| upstream.port.is_none());
+    (pool.name.clone(), takes_port.then_some(port))
+}
+
+/// Every instance of every pool. A pool without a listener stands for itself, so that it is checked and shown, unless
+/// its upstreams need a listener's port.
+pub fn pool_keys(config: &Config) -> Vec<PoolKey> {
+    let mut keys: Vec<PoolKey> = Vec::new();
+    for listener in config.listeners.values() {
+        for bind in &listener.binds {
+            keys.push(pool_key(&config.pools[&listener.pool], bind.address.port()));
+        }
+    }
+    for pool in config.pools.values() {
+        if pool.upstreams.iter().all(|upstream| upstream.port.is_some()) {
+            keys.push((pool.name.clone(), None));
+        }
+    }
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+/// The address of an upstream in one instance of its pool.
+pub fn upstream_address(upstream: &config::Upstream, port: Option<u16>) -> SocketAddr {
+    SocketAddr::new(upstream.ip, upstream.port.or(port).unwrap_or_default())
+}
+
+fn build_pool(pool: &Arc<config::Pool>, port: Option<u16>, inputs: &mut Inputs, now: Instant) -> Pool {
+    let mut upstreams = Vec::with_capacity(pool.upstreams.len());
+    for (entry, upstream) in pool.upstreams.iter().enumerate() {
+        let key = UpstreamKey { pool: pool.name.clone(), address: upstream_address(upstream, port) };
+        let life = inputs.lives.entry(key.clone()).or_insert_with(|| UpstreamLife::new(key.address));
+        let record = inputs.health.get(&key);
+        let default = if pool.health_check.is_some() { Health::Unknown } else { Health::Healthy };
+        let slow_start = record.and_then(|record| record.slow_start).filter(|_| !pool.slow_start.is_zero());
+        let step = slow_start.map_or(SLOW_START_STEPS, |start| {
+            let share = now.duration_since(start).as_secs_f64() / pool.slow_start.as_secs_f64();
+            (share * f64::from(SLOW_START_STEPS)) as u32
+        });
+        upstreams.push(Upstream {
+            life: Arc::clone(life),
+            entry,
+            connections_max: u32::try_from(upstream.max_connections).unwrap_or(u32::MAX),
+            candidate: Candidate {
+                health: record.map_or(default, |record| record.health),
+                admin: inputs.admin.get(&key).map_or(AdminState::Enabled, |record| record.state),
+                weight: upstream.weight,
+                backup: upstream.backup,
+            },
+            slow_start_step: step.min(SLOW_START_STEPS),
+        });
+    }
+    let turn = inputs.turns.entry((pool.name.clone(), port)).or_default();
+    Pool::new(Arc::clone(pool), upstreams, Arc::clone(turn))
+}
+
+fn build_listener(
+    before: Option<&Arc<Listener>>,
+    config: &Arc<config::Listener>,
+    pool: &Arc<Pool>,
+    inputs: &mut Inputs,
+) -> Arc<Listener> {
+    let unchanged = before.filter(|before| Arc::ptr_eq(&before.config, config));
+    if let Some(before) = unchanged
+        && Arc::ptr_eq(&before.pool, pool)
+    {
+        return Arc::clone(before);
+    }
+    let headers = match unchanged.filter(|before| Arc::ptr_eq(&before.pool.config, &pool.config)) {
+        Some(before) => Arc::clone(&before.headers),
+        None => Arc::new(plan_headers(config, &pool.config)),
+    };
+    let life = inputs.listener_lives.entry(config.name.clone()).or_insert_with(|| ListenerLife::new(&config.name));
+    Arc::new(Listener { config: Arc::clone(config), life: Arc::clone(life), pool: Arc::clone(pool), headers })
+}
+
+fn plan_headers(listener: &config::Listener, pool: &config::Pool) -> Vec<HeaderPlan> {
+    let plan = |upstream: &config::Upstream| {
+        let tlvs = Tlvs::merge(&upstream.tlvs, &listener.tlvs, &pool.tlvs);
+        HeaderPlan::new(upstream.proxy_protocol, &tlvs).expect("validation bounds every TLV")
+    };
+    pool.upstreams.iter().map(plan).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_has_its_own_limit_and_ipv6_is_counted_per_64() {
+        let life = ListenerLife::new("web");
+        let [a, b, other]: [IpAddr; 3] =
+            ["2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"].map(|text| text.parse().unwrap());
+        assert!(life.enter_source(a, 2) && life.enter_source(b, 2));
+        assert!(!life.enter_source(a, 2));
+        assert!(life.enter_source(other, 2));
+        life.leave_source(b);
+        assert!(life.enter_source(a, 2));
+    }
+}

@@ -77,8 +77,6 @@ causes! {
     ProcessFull = Preface.Accept."process_full",
     /// The listener's `max_connections_per_source` is reached.
     SourceFull = Preface.Accept."source_full",
-    /// The address is no longer in the configuration; it was still in the accept queue.
-    ListenerGone = Preface.Accept."listener_gone",
     /// No upstream of the pool takes connections: none is enabled, or none is healthy under `refuse`.
     NoUpstream = Preface.Connect."no_upstream",
     /// Every upstream that could be picked is at its `max_connections`.

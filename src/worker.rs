@@ -1,1 +1,160 @@
-//! worker.
+//! One thread that carries traffic: its runtime, its inbox, its sockets.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use socket2::Socket;
+use tokio::runtime::LocalOptions;
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::connection::Shared;
+use crate::control;
+use crate::drain::OpenConnections;
+use crate::listener::{self, Acceptor};
+use crate::log;
+use crate::net::Listening;
+use crate::pool::UpstreamLife;
+use crate::snapshot::{Listener, Snapshot};
+use crate::termination::Termination;
+
+/// Messages under way to one worker; the control thread waits when it is full.
+const INBOX_MAX: usize = 1024;
+
+/// What the control thread tells a worker.
+pub enum Message {
+    /// Accept on this socket, which listens already.
+    Listen {
+        /// The socket.
+        socket: Socket,
+        /// What it is bound to.
+        bound: SocketAddr,
+        /// Where its listener stands in snapshots.
+        slot: usize,
+        /// Its listener now.
+        listener: Arc<Listener>,
+    },
+    /// Serve what is queued on this address, then close it.
+    Unlisten {
+        /// As in `Listen`.
+        slot: usize,
+    },
+    /// Connections accepted from now on use this keepalive.
+    Keepalive {
+        /// As in `Listen`.
+        slot: usize,
+        /// `None`: off.
+        keepalive: Option<Duration>,
+    },
+    /// Add what was carried to the shared counters, and answer: the sign of life.
+    Collect(oneshot::Sender<()>),
+    /// End connections with a reset.
+    End {
+        /// Those of one upstream, or `None`: all.
+        upstream: Option<Arc<UpstreamLife>>,
+        /// Why.
+        termination: Termination,
+    },
+    /// Close every listener; answers when the last queue is empty. Connections stay.
+    Stop(oneshot::Sender<()>),
+}
+
+/// A running worker. Its thread ends when this is dropped.
+pub struct Worker {
+    inbox: mpsc::Sender<Message>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread.
+    pub fn start(
+        number: usize,
+        snapshot: Arc<ArcSwap<Snapshot>>,
+        open: Arc<OpenConnections>,
+        control: control::Handle,
+        log: log::Sender,
+    ) -> io::Result<Worker> {
+        let (inbox, messages) = mpsc::channel(INBOX_MAX);
+        let (started, outcome) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+            // Built on its own thread: a local runtime cannot be sent there.
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+            match runtime {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(()));
+                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+        outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))?;
+        Ok(Worker { inbox, thread: Some(thread) })
+    }
+
+    /// Sends a message; waits while the inbox is full. A worker that is gone takes none.
+    pub async fn send(&self, message: Message) {
+        let _ = self.inbox.send(message).await;
+    }
+
+    /// Ends the thread and waits for it; connections still open are dropped.
+    pub fn join(mut self) {
+        let thread = self.thread.take();
+        drop(self);
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>) {
+    let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
+    while let Some(message) = messages.recv().await {
+        match message {
+            Message::Listen { socket, bound, slot, listener } => match Listening::new(socket) {
+                Ok(listening) => {
+                    let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
+                    let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
+                    acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
+                }
+                Err(error) => {
+                    tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
+                }
+            },
+            Message::Unlisten { slot } => {
+                if let Some((acceptor, _)) = acceptors.remove(&slot) {
+                    acceptor.retire.notify_one();
+                }
+            }
+            Message::Keepalive { slot, keepalive } => {
+                if let Some((acceptor, _)) = acceptors.get(&slot)
+                    && let Err(error) = acceptor.listening.set_keepalive(keepalive)
+                {
+                    tracing::warn!(event = "keepalive", address = %acceptor.bound, reason = %error);
+                }
+            }
+            Message::Collect(reply) => {
+                shared.fold();
+                let _ = reply.send(());
+            }
+            Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),
+            Message::Stop(reply) => {
+                let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();
+                tokio::task::spawn_local(async move {
+                    for (acceptor, _) in &retiring {
+                        acceptor.retire.notify_one();
+                    }
+                    for (_, task) in retiring {
+                        let _ = task.await;
+                    }
+                    let _ = reply.send(());
+                });
+            }
+        }
+    }
+}

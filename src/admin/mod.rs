@@ -1,1 +1,328 @@
-//! admin.
+//! The admin API over HTTP: probes, metrics, status, and the operator's orders, all of it questions to the control thread.
+
+pub mod announce;
+pub mod guard;
+mod listener;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use axum::Router;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, Request, State as Shared};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+pub use guard::{Access, read_token};
+pub use listener::{Listener, bind};
+
+use crate::control::probes::Probes;
+use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped};
+use crate::metrics;
+use crate::pool::AdminState;
+use guard::Refusal;
+use listener::{Reach, Stream};
+
+/// Open connections; a new one beyond takes the place of the oldest, so that stuck clients never shut out a probe.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// A request's head has to be there within this long; an idle connection is closed after it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Of a request's head. Bodies aren't read at all: no call has one.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// A connection takes no further request after this long.
+const CONNECTION_AGE_MAX: Duration = Duration::from_secs(300);
+
+/// And has this long to take the answer to its last one.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Answers under way when the server stops have this long.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The control thread has this long for an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Accepting goes on this long after it failed: descriptors come back.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// `User-Agent` of `preface reload`, `drain` and the like.
+pub const COMMAND_LINE_AGENT: &str = concat!("preface/", env!("CARGO_PKG_VERSION"));
+
+/// What `GET /` answers.
+const INDEX: &str = "\
+preface admin API
+
+GET  /livez      200 while the control loop and every worker turn
+GET  /readyz     200 while configured, listening and not stopping
+GET  /metrics    Prometheus
+GET  /status     listeners, pools, upstreams, the last reload (JSON)
+GET  /config     the configuration in force (JSON)
+POST /reload     load the configuration file again
+POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
+POST /pools/POOL/disable                         nothing new; open connections are reset
+POST /pools/POOL/enable                          as configured
+POST /pools/POOL/upstreams/ADDRESS/drain|disable|enable
+
+POST needs the header X-Preface: 1, and Authorization: Bearer where a token is set:
+curl -X POST -H 'X-Preface: 1' http://127.0.0.1:9900/reload
+";
+
+/// What the server answers from.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// To the control thread.
+    pub control: Handle,
+    /// Read directly: they must answer while the control thread is stuck.
+    pub probes: Arc<Probes>,
+    /// Who may ask what; a reload stores another one.
+    pub access: Arc<ArcSwap<Access>>,
+    /// What is served.
+    pub scope: Scope,
+}
+
+/// What a server serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything, guarded: `[admin] bind`.
+    All,
+    /// `/livez`, `/readyz` and `/metrics` alone, to everyone: `[admin] probe_bind`.
+    Probes,
+}
+
+/// Serve until `stop`; then answers under way have a second.
+pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = ()>) {
+    let service = TowerToHyperService::new(router(state, listener.reach()));
+    let (stopping, stopped) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    tokio::pin!(stop);
+    loop {
+        let stream = tokio::select! {
+            stream = listener.accept() => stream,
+            () = &mut stop => break,
+        };
+        let Ok(stream) = stream else {
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        while connections.try_join_next().is_some() {}
+        by_age.retain(|connection| !connection.is_finished());
+        if by_age.len() >= CONNECTIONS_MAX
+            && let Some(oldest) = by_age.pop_front()
+        {
+            oldest.abort();
+        }
+        by_age.push_back(connections.spawn(serve_connection(stream, service.clone(), stopped.clone())));
+    }
+    drop((listener, stopping));
+    let _ = timeout(STOP_TIMEOUT, async { while connections.join_next().await.is_some() {} }).await;
+}
+
+async fn serve_connection(
+    stream: Box<dyn Stream>,
+    service: TowerToHyperService<Router>,
+    mut stopped: watch::Receiver<()>,
+) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = sleep(CONNECTION_AGE_MAX) => {}
+        _ = stopped.changed() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(FINISH_TIMEOUT, connection).await;
+}
+
+#[derive(Clone, Debug)]
+struct Server {
+    state: State,
+    reach: Reach,
+}
+
+fn router(state: State, reach: Reach) -> Router {
+    let scope = state.scope;
+    let server = Server { state, reach };
+    let probes = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz));
+    let metrics = Router::new().route("/metrics", get(metrics));
+    let all = match scope {
+        Scope::Probes => probes.merge(metrics),
+        Scope::All => {
+            let reads = metrics
+                .route("/", get(|| async { INDEX }))
+                .route("/status", get(status))
+                .route("/config", get(config))
+                .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
+            let mutations = Router::new()
+                .route("/reload", post(reload))
+                .route("/pools/{pool}/{order}", post(order_pool))
+                .route("/pools/{pool}/upstreams/{address}/{order}", post(order_upstream))
+                .route_layer(middleware::from_fn_with_state(server.clone(), guard_mutation));
+            probes.merge(reads).merge(mutations)
+        }
+    };
+    all.fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path; GET / lists them") })
+        .method_not_allowed_fallback(|| async {
+            Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method; GET / lists what there is")
+        })
+        .with_state(server)
+}
+
+async fn guard_read(Shared(server): Shared<Server>, request: Request, next: Next) -> Response {
+    let access = server.state.access.load_full();
+    match guard::check_read(&access, server.reach, request.headers()).await {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+async fn guard_mutation(Shared(server): Shared<Server>, request: Request, next: Next) -> Response {
+    let access = server.state.access.load_full();
+    match guard::check_mutation(&access, server.reach, request.headers()).await {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+async fn livez(Shared(server): Shared<Server>) -> (StatusCode, String) {
+    probe(server.state.probes.live(Instant::now()))
+}
+
+async fn readyz(Shared(server): Shared<Server>) -> (StatusCode, String) {
+    probe(server.state.probes.ready())
+}
+
+fn probe(result: Result<(), impl std::fmt::Display>) -> (StatusCode, String) {
+    match result {
+        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+    }
+}
+
+async fn metrics(Shared(server): Shared<Server>) -> Result<impl IntoResponse, Refusal> {
+    let text = answer(server.state.control.metrics()).await?;
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
+}
+
+async fn status(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    Ok(pretty(StatusCode::OK, &answer(server.state.control.status()).await?))
+}
+
+async fn config(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    Ok(pretty(StatusCode::OK, &answer(server.state.control.config()).await?))
+}
+
+async fn reload(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let report = answer(server.state.control.reload(ReloadTrigger::Admin)).await?;
+    let status = match report.outcome {
+        ReloadOutcome::Applied | ReloadOutcome::Unchanged => StatusCode::OK,
+        ReloadOutcome::Refused => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    Ok(pretty(status, &serde_json::to_value(&*report).expect("a report has string keys only")))
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OrderQuery {
+    timeout: Option<String>,
+}
+
+type Queried = Result<Query<OrderQuery>, QueryRejection>;
+
+async fn order_pool(
+    Shared(server): Shared<Server>,
+    Path((pool, order)): Path<(String, String)>,
+    query: Queried,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    set_admin(&server, pool, None, &order, query, &headers).await
+}
+
+async fn order_upstream(
+    Shared(server): Shared<Server>,
+    Path((pool, address, order)): Path<(String, String, String)>,
+    query: Queried,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    set_admin(&server, pool, Some(address), &order, query, &headers).await
+}
+
+async fn set_admin(
+    server: &Server,
+    pool: String,
+    address: Option<String>,
+    order: &str,
+    query: Queried,
+    headers: &HeaderMap,
+) -> Result<Response, Refusal> {
+    let state = match order {
+        "drain" => AdminState::Draining,
+        "disable" => AdminState::Disabled,
+        "enable" => AdminState::Enabled,
+        _ => {
+            let error = format!("no order {order:?}; orders: drain, disable, enable");
+            return Err(Refusal::new(StatusCode::NOT_FOUND, error));
+        }
+    };
+    let timeout = order_timeout(query, state)?;
+    let is_command_line = headers.get(header::USER_AGENT).is_some_and(|agent| agent == COMMAND_LINE_AGENT);
+    let by = if is_command_line { "command line" } else { "admin api" };
+    let order = SetAdmin { pool: pool.clone(), address, state, timeout, by: by.to_owned() };
+    let reply = answer(server.state.control.set_admin(order)).await?.map_err(|error| match error {
+        SetAdminError::UnknownPool { .. } | SetAdminError::UnknownUpstream { .. } => {
+            Refusal::new(StatusCode::NOT_FOUND, error.to_string())
+        }
+    })?;
+    let upstream = |&(address, open): &(_, u64)| json!({ "address": address, "open": open });
+    let upstreams: Vec<Value> = reply.upstreams.iter().map(upstream).collect();
+    Ok(pretty(StatusCode::OK, &json!({ "pool": pool, "admin": state, "upstreams": upstreams })))
+}
+
+fn order_timeout(query: Queried, state: AdminState) -> Result<Option<Duration>, Refusal> {
+    let refused = |error: String| Refusal::new(StatusCode::BAD_REQUEST, error);
+    let Query(query) = query.map_err(|_| refused("the only parameter is timeout, once: ?timeout=30s".to_owned()))?;
+    let Some(text) = query.timeout else { return Ok(None) };
+    if state != AdminState::Draining {
+        return Err(refused("only drain has a timeout: disable resets at once, enable resets nothing".to_owned()));
+    }
+    let timeout = humantime::parse_duration(&text)
+        .map_err(|error| refused(format!("{text:?} is not a time ({error}); write 30s or 1h30m")))?;
+    Ok(Some(timeout))
+}
+
+/// Wait for the control thread, but not for ever.
+async fn answer<T>(asked: impl Future<Output = Result<T, Stopped>>) -> Result<T, Refusal> {
+    match timeout(ANSWER_TIMEOUT, asked).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(Stopped)) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping")),
+        Err(_) => {
+            let error = "the control thread has not answered for 20 s and may yet carry this out; see /livez";
+            Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, error))
+        }
+    }
+}
+
+/// JSON that reads well in a terminal.
+fn pretty(status: StatusCode, value: &Value) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], format!("{value:#}\n")).into_response()
+}
+
+#[cfg(test)]
+mod tests;

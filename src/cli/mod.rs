@@ -1,1 +1,6 @@
 //! cli.
+
+pub mod capture;
+pub mod decode;
+pub mod explain;
+pub mod whoami;

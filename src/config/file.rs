@@ -1,1 +1,416 @@
-//! The configuration as written in TOML, with the position of every value.
+//! PURE. The configuration as written in TOML: reads tables by the list in `keys`, and notes everything that is wrong.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::error::Diagnostic;
+use super::keys::{Default, FILE, Key, Kind, Table};
+
+/// A place in the file, in bytes.
+pub(super) type Span = Range<usize>;
+
+/// Where all that is found is noted.
+#[derive(Debug, std::default::Default)]
+pub(super) struct Notes {
+    list: RefCell<Vec<Diagnostic>>,
+}
+
+impl Notes {
+    /// Notes one.
+    pub(super) fn push(&self, diagnostic: Diagnostic) {
+        self.list.borrow_mut().push(diagnostic);
+    }
+
+    /// All of them.
+    pub(super) fn into_list(self) -> Vec<Diagnostic> {
+        self.list.into_inner()
+    }
+}
+
+/// A string and its place.
+#[derive(Clone, Debug)]
+pub(super) struct Text<'a> {
+    pub(super) value: &'a str,
+    pub(super) span: Span,
+}
+
+/// One table of the file. Its readers give the value, or the default of `keys` where there is none or a wrong one.
+#[derive(Clone, Debug)]
+pub(super) struct Section<'a> {
+    /// The last part of its path: `web` of `[listeners.web]`.
+    pub(super) name: &'a str,
+    /// Where its name stands.
+    pub(super) span: Span,
+    notes: &'a Notes,
+    table: &'static Table,
+    values: Option<&'a DeTable<'a>>,
+}
+
+impl<'a> Section<'a> {
+    /// The whole file.
+    pub(super) fn file(notes: &'a Notes, values: &'a DeTable<'a>) -> Section<'a> {
+        Section::new(notes, &FILE, "", 0..0, Some(values))
+    }
+
+    fn new(
+        notes: &'a Notes,
+        table: &'static Table,
+        name: &'a str,
+        span: Span,
+        values: Option<&'a DeTable<'a>>,
+    ) -> Section<'a> {
+        let section = Section { name, span, notes, table, values };
+        section.refuse_unknown_keys();
+        section
+    }
+
+    /// Notes one.
+    pub(super) fn note(&self, diagnostic: Diagnostic) {
+        self.notes.push(diagnostic);
+    }
+
+    /// Whether the table itself was written.
+    pub(super) fn is_written(&self) -> bool {
+        self.values.is_some()
+    }
+
+    /// Where the value of a key stands, if it was written.
+    pub(super) fn written(&self, name: &str) -> Option<Span> {
+        debug_assert!(self.table.key(name).is_some(), "{name} is not a key of {}", self.table.name);
+        self.values?.get(name).map(Spanned::span)
+    }
+
+    /// Where the value of a key stands, else the table's name.
+    pub(super) fn span_of(&self, name: &str) -> Span {
+        self.written(name).unwrap_or_else(|| self.span.clone())
+    }
+
+    /// A `Kind::Boolean`, if written.
+    pub(super) fn boolean(&self, name: &str) -> Option<bool> {
+        let value = self.value(name)?;
+        match value.get_ref() {
+            DeValue::Boolean(value) => Some(*value),
+            _ => self.wrong_type(name, value, "true or false"),
+        }
+    }
+
+    /// A `Kind::Integer`, if written or by default.
+    pub(super) fn integer(&self, name: &str) -> Option<u64> {
+        let key = self.key(name);
+        let Kind::Integer(min, max) = key.kind else { unreachable!("{name} is an integer") };
+        let read = self.value(name).and_then(|value| match value.get_ref() {
+            DeValue::Integer(number) => {
+                let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
+                let parsed = parsed.and_then(|n| u64::try_from(n).ok()).filter(|n| (min..=max).contains(n));
+                if parsed.is_none() {
+                    let message = format!("{name:?} must be a number from {min} to {max}");
+                    self.note(Diagnostic::error(&value.span(), message).label("out of range"));
+                }
+                parsed
+            }
+            _ => self.wrong_type(name, value, &format!("a number from {min} to {max}")),
+        });
+        read.or(match key.default {
+            Default::Integer(number) => Some(number),
+            _ => None,
+        })
+    }
+
+    /// A `Kind::Integer` with a default, as a size.
+    pub(super) fn size(&self, name: &str) -> usize {
+        usize::try_from(self.integer(name).unwrap_or(0)).expect("limited far below")
+    }
+
+    /// A `Kind::Integer` with a default, as a small number.
+    pub(super) fn count(&self, name: &str) -> u32 {
+        u32::try_from(self.integer(name).unwrap_or(0)).expect("limited far below")
+    }
+
+    /// Whether a key is written and is this string.
+    pub(super) fn text_is(&self, name: &str, text: &str) -> bool {
+        self.value(name).and_then(|value| value.get_ref().as_str()) == Some(text)
+    }
+
+    /// A `Kind::Duration`.
+    pub(super) fn duration(&self, name: &str) -> Duration {
+        self.duration_or_off(name).expect("only keys that can be off are")
+    }
+
+    /// A `Kind::Duration` or `Kind::DurationOrOff`; `None`: off.
+    pub(super) fn duration_or_off(&self, name: &str) -> Option<Duration> {
+        let key = self.key(name);
+        let (min, max, can_be_off) = match key.kind {
+            Kind::Duration(min, max) => (min, max, false),
+            Kind::DurationOrOff(min, max) => (min, max, true),
+            _ => unreachable!("{name} is a duration"),
+        };
+        let expected = match can_be_off {
+            false => "a duration such as \"350s\" or \"1m 30s\"",
+            true => "a duration such as \"60s\", or \"off\"",
+        };
+        let Default::Text(default) = key.default else { unreachable!("{name} has a default") };
+        let default = humantime::parse_duration(default).expect("defaults are durations");
+        let Some(value) = self.value(name) else { return Some(default) };
+        let read = match value.get_ref() {
+            DeValue::String(text) if can_be_off && text == "off" => return None,
+            DeValue::String(text) => match humantime::parse_duration(text) {
+                Ok(duration) if (min..=max).contains(&duration) => Some(duration),
+                Ok(_) => {
+                    let (min, max) = (humantime::format_duration(min), humantime::format_duration(max));
+                    let message = format!("{name:?} must be from {min} to {max}");
+                    self.note(Diagnostic::error(&value.span(), message).label("out of range"));
+                    None
+                }
+                Err(error) => {
+                    let message = format!("{name:?} must be {expected}");
+                    self.note(Diagnostic::error(&value.span(), message).label(error.to_string()));
+                    None
+                }
+            },
+            DeValue::Integer(number) => {
+                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be {expected}"));
+                let diagnostic = diagnostic.label("a number without a unit");
+                self.note(diagnostic.help(format!("if these are seconds, write \"{}s\"", number.as_str())));
+                None
+            }
+            _ => self.wrong_type(name, value, expected),
+        };
+        Some(read.unwrap_or(default))
+    }
+
+    /// A `Kind::Word`: the one written, else the default, else "".
+    pub(super) fn word(&self, name: &str) -> &'static str {
+        let key = self.key(name);
+        let Kind::Word { now, later } = key.kind else { unreachable!("{name} is a word") };
+        let read = self.value(name).and_then(|value| match value.get_ref() {
+            DeValue::String(text) => {
+                let found = now.iter().copied().find(|word| word == text);
+                if found.is_none() {
+                    self.note(match later.contains(&text.as_ref()) {
+                        true => not_supported(&value.span(), &format!("{name} = {text:?}"))
+                            .help(format!("what works today: {}", quoted(now))),
+                        false => unknown_word(&value.span(), name, text, now),
+                    });
+                }
+                found
+            }
+            DeValue::Boolean(false) if now.contains(&"off") => {
+                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be one of {}", quoted(now)));
+                self.note(diagnostic.label("a boolean").help("write \"off\""));
+                None
+            }
+            _ => self.wrong_type(name, value, &format!("one of {}", quoted(now))),
+        });
+        read.unwrap_or(match key.default {
+            Default::Text(word) => word,
+            _ => "",
+        })
+    }
+
+    /// A `Kind::Text`: the one written, else the default.
+    pub(super) fn text(&self, name: &str) -> Option<Text<'a>> {
+        let key = self.key(name);
+        let Kind::Text(expected) = key.kind else { unreachable!("{name} is a text") };
+        let read = self.value(name).and_then(|value| match value.get_ref() {
+            DeValue::String(text) => Some(Text { value: text, span: value.span() }),
+            _ => self.wrong_type(name, value, expected),
+        });
+        read.or(match key.default {
+            Default::Text(value) => Some(Text { value, span: self.span.clone() }),
+            _ => None,
+        })
+    }
+
+    /// A `Kind::Texts`: those written, else the default.
+    pub(super) fn texts(&self, name: &str) -> Vec<Text<'a>> {
+        let key = self.key(name);
+        let Kind::Texts(expected) = key.kind else { unreachable!("{name} are texts") };
+        let Some(value) = self.value(name) else {
+            return match key.default {
+                Default::Texts(list) => list.iter().map(|value| Text { value, span: self.span.clone() }).collect(),
+                _ => Vec::new(),
+            };
+        };
+        let elements = match value.get_ref() {
+            DeValue::Array(array) => array.iter().collect(),
+            _ => vec![value],
+        };
+        let texts = elements.into_iter().filter_map(|element| match element.get_ref() {
+            DeValue::String(text) => Some(Text { value: text, span: element.span() }),
+            _ => self.wrong_type(name, element, expected),
+        });
+        texts.collect()
+    }
+
+    /// A `Kind::Table`; one that was not written reads as all defaults.
+    pub(super) fn table(&self, name: &'static str) -> Section<'a> {
+        let key = self.key(name);
+        let Kind::Table(table) = key.kind else { unreachable!("{name} is a table") };
+        let entry = self.values.and_then(|values| values.get_key_value(name));
+        let values = entry.and_then(|(_, value)| match value.get_ref() {
+            DeValue::Table(values) => Some(values),
+            _ => self.wrong_type(name, value, &format!("a table: [{}]", table.name)),
+        });
+        let span = entry.map_or_else(|| self.span.clone(), |(key, _)| key.span());
+        Section::new(self.notes, table, name, span, values)
+    }
+
+    /// A `Kind::Named`: the tables by name.
+    pub(super) fn named(&self, name: &str) -> Vec<Section<'a>> {
+        let key = self.key(name);
+        let Kind::Named(table) = key.kind else { unreachable!("{name} are named tables") };
+        let Some(value) = self.value(name) else { return Vec::new() };
+        let DeValue::Table(entries) = value.get_ref() else {
+            return self.wrong_type(name, value, &format!("tables by name: [{}]", table.name)).unwrap_or_default();
+        };
+        let sections = entries.iter().filter_map(|(key, value)| match value.get_ref() {
+            DeValue::Table(values) => Some(Section::new(self.notes, table, key.get_ref(), key.span(), Some(values))),
+            _ => {
+                let known = table.key(key.get_ref()).is_some();
+                let message = format!("{name:?} holds tables by name: [{}]", table.name);
+                let diagnostic = Diagnostic::error(&key.span(), message).label("not a table");
+                self.note(match known {
+                    true => diagnostic.help(format!("give it a name: [{name}.main] and {} below it", key.get_ref())),
+                    false => diagnostic,
+                });
+                None
+            }
+        });
+        sections.collect()
+    }
+
+    /// A `Kind::List` or `Kind::ListOrTexts`: each element as a table or as the string that it is.
+    pub(super) fn list(&self, name: &'static str) -> Option<Vec<Element<'a>>> {
+        let key = self.key(name);
+        let (table, texts) = match key.kind {
+            Kind::List(table) => (table, false),
+            Kind::ListOrTexts(table) => (table, true),
+            _ => unreachable!("{name} is a list"),
+        };
+        let value = self.value(name)?;
+        let expected = if texts { "a list of strings or tables" } else { "a list of tables" };
+        let DeValue::Array(array) = value.get_ref() else { return self.wrong_type(name, value, expected) };
+        let elements = array.iter().filter_map(|element| match element.get_ref() {
+            DeValue::Table(values) => {
+                Some(Element::Table(Section::new(self.notes, table, name, element.span(), Some(values))))
+            }
+            DeValue::String(text) if texts => Some(Element::Text(Text { value: text, span: element.span() })),
+            _ => self.wrong_type(name, element, expected),
+        });
+        Some(elements.collect())
+    }
+
+    /// Notes that a required key is not there, unless it is.
+    pub(super) fn require(&self, name: &str, what: &str) {
+        if self.written(name).is_some() {
+            return;
+        }
+        let key = self.key(name);
+        let diagnostic = Diagnostic::error(&self.span, format!("{what} has no {name:?}")).if_whole();
+        self.note(diagnostic.label(format!("{name:?} is missing")).help(key.doc));
+    }
+
+    fn key(&self, name: &str) -> &'static Key {
+        self.table.key(name).unwrap_or_else(|| panic!("{name} is not a key of [{}]", self.table.name))
+    }
+
+    fn value(&self, name: &str) -> Option<&'a Spanned<DeValue<'a>>> {
+        self.values?.get(name)
+    }
+
+    fn wrong_type<T>(&self, name: &str, value: &Spanned<DeValue<'_>>, expected: &str) -> Option<T> {
+        let is = match value.get_ref() {
+            DeValue::String(_) => "a string",
+            DeValue::Integer(_) => "a number",
+            DeValue::Float(_) => "a number with a fraction",
+            DeValue::Boolean(_) => "a boolean",
+            DeValue::Datetime(_) => "a date or time",
+            DeValue::Array(_) => "a list",
+            DeValue::Table(_) => "a table",
+        };
+        self.note(
+            Diagnostic::error(&value.span(), format!("{name:?} must be {expected}")).label(format!("this is {is}")),
+        );
+        None
+    }
+
+    fn refuse_unknown_keys(&self) {
+        for (key, _) in self.values.into_iter().flatten() {
+            let name = key.get_ref().as_ref();
+            match self.table.key(name) {
+                Some(Key { kind: Kind::Later, .. }) => self.note(not_supported(&key.span(), &format!("{name:?}"))),
+                Some(_) => {}
+                None => self.note(self.unknown_key(name, &key.span())),
+            }
+        }
+    }
+
+    fn unknown_key(&self, name: &str, span: &Span) -> Diagnostic {
+        let place = if self.table.name.is_empty() { "the file" } else { &format!("[{}]", self.table.name) };
+        let diagnostic = Diagnostic::error(span, format!("unknown key {name:?} in {place}")).label("unknown");
+        let known: Vec<&str> =
+            self.table.keys.iter().filter(|key| !matches!(key.kind, Kind::Later)).map(|key| key.name).collect();
+        if let Some(near) = nearest(name, &known) {
+            return diagnostic.help(format!("did you mean {near:?}?"));
+        }
+        let mut places = Vec::new();
+        tables_with(&FILE, name, &mut places);
+        if !places.is_empty() {
+            return diagnostic.help(format!("{name:?} belongs into {}", places.join(" or ")));
+        }
+        diagnostic.help(format!("known keys: {}", known.join(", ")))
+    }
+}
+
+/// One element of a list.
+#[derive(Clone, Debug)]
+pub(super) enum Element<'a> {
+    /// Written in full.
+    Table(Section<'a>),
+    /// The short form.
+    Text(Text<'a>),
+}
+
+fn tables_with(table: &'static Table, name: &str, found: &mut Vec<String>) {
+    if table.key(name).is_some_and(|key| !matches!(key.kind, Kind::Later)) && !table.name.is_empty() {
+        let place = format!("[{}]", table.name);
+        if !found.contains(&place) {
+            found.push(place);
+        }
+    }
+    for table in table.keys.iter().filter_map(|key| key.kind.table()) {
+        tables_with(table, name, found);
+    }
+}
+
+/// A part of the design that has not been built yet.
+pub(super) fn not_supported(span: &Span, what: &str) -> Diagnostic {
+    Diagnostic::error(span, format!("{what} is not supported yet")).label("not in this version")
+}
+
+fn unknown_word(span: &Span, name: &str, word: &str, known: &[&str]) -> Diagnostic {
+    let diagnostic = Diagnostic::error(span, format!("{name:?} must be one of {}", quoted(known)));
+    match nearest(word, known) {
+        Some(near) => diagnostic.label("unknown").help(format!("did you mean {near:?}?")),
+        None => diagnostic.label("unknown"),
+    }
+}
+
+/// The known word that a typing error would turn into this one.
+pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
+    let simple = |word: &str| word.to_lowercase().replace(['-', ' ', '.'], "_");
+    let word = simple(word);
+    let distance = |known: &str| strsim::osa_distance(&word, &simple(known));
+    let near = known.iter().copied().map(|known| (distance(known), known)).min_by_key(|(distance, _)| *distance);
+    let longest = |known: &str| word.chars().count().max(known.chars().count());
+    near.filter(|(distance, known)| *distance <= longest(known) / 3).map(|(_, known)| known)
+}
+
+/// `"a", "b"`
+pub(super) fn quoted(words: &[&str]) -> String {
+    words.iter().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ")
+}

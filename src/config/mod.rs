@@ -1,21 +1,33 @@
 //! The configuration as the rest of preface sees it: names resolved, defaults applied, nothing that can be wrong.
 //!
-//! `file` is the TOML as written, `validate` turns it into a `Config` or into all of its errors, `diff` says what
-//! changed between two, `error` renders for people. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+//! `keys` lists every table and key with its default, `file` reads the TOML as written by that list, `validate` and the
+//! file of each table turn it into a `Config` or into all of its errors, `diff` says what changed between two, `error`
+//! renders for people. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
 
+mod address;
 pub mod diff;
 pub mod error;
-pub mod file;
-pub mod validate;
+mod file;
+mod health_check;
+pub mod keys;
+mod listener;
+mod pool;
+pub mod schema;
+mod tlvs;
+mod validate;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
+pub use self::diff::{diff, reuse};
+pub use self::error::{Diagnostics, Errors, LoadError, Style};
 pub use crate::proxy_protocol::Version;
 
 /// The whole configuration. Equal content means equal values, so an unchanged listener or pool can keep its `Arc`.
@@ -317,5 +329,47 @@ pub struct Parsed {
     /// The configuration.
     pub config: Config,
     /// What is allowed but deserves a look; rendered like errors.
-    pub warnings: Vec<String>,
+    pub warnings: Diagnostics,
+}
+
+/// Longest configuration file that is read.
+pub const FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// A `Config` out of the text of a file, or every error that it has. `file_name` is shown in messages only.
+pub fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
+    validate::parse(file_name, text)
+}
+
+/// Reads a file and parses it.
+pub fn load(path: &Path) -> Result<Parsed, LoadError> {
+    let failed = |reason: String, next| LoadError::Read { path: path.to_owned(), reason, next };
+    let read = File::open(path).and_then(|file| {
+        let mut bytes = Vec::new();
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let bytes = read.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => failed(
+            "no such file".to_owned(),
+            "name another one with --config FILE, or try `preface demo`, which needs none",
+        ),
+        ErrorKind::PermissionDenied => {
+            failed("permission denied".to_owned(), "let the user that runs preface read it and its directory")
+        }
+        ErrorKind::IsADirectory => failed("is a directory".to_owned(), "name the file in it"),
+        _ => failed(error.to_string(), "see whether it can be read with `cat`"),
+    })?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(failed("longer than 4 MiB".to_owned(), "name a configuration file"));
+    }
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
+        failed(format!("not UTF-8 text (line {line})"), "TOML is UTF-8: save it so, or name another file")
+    })?;
+    Ok(parse(&path.display().to_string(), text.strip_prefix('\u{feff}').unwrap_or(&text))?)
+}
+
+/// `admin.bind` alone, of a file that may be broken in every other respect; `None`: not written, or not readable.
+pub fn lenient_admin_bind(text: &str) -> Option<AdminBind> {
+    validate::lenient_admin_bind(text)
 }

@@ -1,1 +1,291 @@
-//! PURE. From the file as written to a `Config`, or to every error that it has.
+//! PURE. From the file as written to a `Config`, or to every error that it has: the tables that stand alone, and what
+//! listeners and pools must be to each other.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use toml::de::DeTable;
+
+use super::error::{Diagnostic, Diagnostics, Errors, Severity};
+use super::file::{Notes, Section, Text, nearest, quoted};
+use super::listener::WrittenListener;
+use super::pool::WrittenPool;
+use super::tlvs::Levels;
+use super::{
+    Admin, AdminBind, Config, Log, LogConnections, LogFormat, Parsed, Runtime, Version, address, listener, pool, tlvs,
+};
+
+/// The levels of the log.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Reads the whole text.
+pub(super) fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
+    let (document, syntax_errors) = DeTable::parse_recoverable(text);
+    let notes = Notes::default();
+    for error in &syntax_errors {
+        notes.push(syntax_error(text, error));
+    }
+    let config = if text.trim().is_empty() {
+        notes.push(
+            Diagnostic::file_error("the file is empty")
+                .help("an empty file is never a configuration: at least a listener and a pool are needed"),
+        );
+        None
+    } else {
+        Some(read(&Section::file(&notes, document.get_ref())))
+    };
+    let mut list = notes.into_list();
+    if !syntax_errors.is_empty() {
+        list.retain(|diagnostic| !diagnostic.needs_whole_file);
+    }
+    let (errors, warnings): (Vec<_>, Vec<_>) =
+        list.into_iter().partition(|diagnostic| diagnostic.severity == Severity::Error);
+    match config {
+        Some(config) if errors.is_empty() => {
+            Ok(Parsed { config, warnings: Diagnostics::new(file_name, text, warnings) })
+        }
+        _ => Err(Errors::new(Diagnostics::new(file_name, text, errors))),
+    }
+}
+
+/// `admin.bind` of a file that may be broken elsewhere.
+pub(super) fn lenient_admin_bind(text: &str) -> Option<AdminBind> {
+    let (document, _) = DeTable::parse_recoverable(text);
+    let value = document.get_ref().get("admin")?.get_ref().get("bind")?;
+    let value = Text { value: value.get_ref().as_str()?, span: value.span() };
+    address::admin_bind(&value).ok()
+}
+
+fn syntax_error(text: &str, error: &toml::de::Error) -> Diagnostic {
+    let message = format!("not valid TOML: {}", error.message().replace('\n', "; "));
+    match error.span() {
+        // An error at the end of the file has nothing to underline: show the last line that has something.
+        Some(span) if span.start >= text.trim_end().len() => {
+            let end = text.trim_end().len();
+            Diagnostic::error(&(end.saturating_sub(1)..end), message)
+        }
+        Some(span) => Diagnostic::error(&span, message),
+        None => Diagnostic::file_error(message),
+    }
+}
+
+fn read(file: &Section<'_>) -> Config {
+    let runtime = runtime(&file.table("runtime"));
+    let log = log(&file.table("log"));
+    let admin_section = file.table("admin");
+    let admin = admin(&admin_section);
+    let mut listeners: Vec<_> = file.named("listeners").iter().map(listener::read).collect();
+    let pools: Vec<_> = file.named("pools").iter().map(pool::read).collect();
+    if listeners.is_empty() && (file.written("listeners").is_none() || pools.is_empty()) {
+        let diagnostic = Diagnostic::file_error("no listener is defined").if_whole();
+        file.note(diagnostic.help("write [listeners.web] with bind = \":80\" and pool = \"NAME\", and [pools.NAME] with upstreams = [\"10.0.0.30:80\"]"));
+    }
+    listener::resolve_binds(file, &mut listeners, &admin, &admin_section.span_of("bind"));
+    for written in &listeners {
+        check_pool_of(file, written, &pools);
+    }
+    for written in &pools {
+        check_pool(file, written, &listeners);
+    }
+    let listeners = listeners.into_iter().map(|w| (w.listener.name.clone(), Arc::new(w.listener))).collect();
+    let pools = pools.into_iter().map(|w| (w.pool.name.clone(), Arc::new(w.pool))).collect();
+    Config { runtime, log, admin, listeners, pools }
+}
+
+fn runtime(section: &Section<'_>) -> Runtime {
+    Runtime {
+        workers: section.size("workers"),
+        max_connections: section.size("max_connections"),
+        stop_delay: section.duration("stop_delay"),
+        stop_timeout: section.duration("stop_timeout"),
+    }
+}
+
+fn log(section: &Section<'_>) -> Log {
+    let level = section.text("level").expect("it has a default");
+    check_level(section, &level);
+    Log {
+        level: level.value.to_owned(),
+        format: match section.word("format") {
+            "json" => LogFormat::Json,
+            _ => LogFormat::Text,
+        },
+        connections: match section.word("connections") {
+            "errors" => LogConnections::Errors,
+            "off" => LogConnections::Off,
+            _ => LogConnections::All,
+        },
+    }
+}
+
+/// A part of what an `EnvFilter` takes: levels, and levels by module. A word alone is a level here, so that a
+/// misspelt level is an error and not a module that never logs.
+fn check_level(section: &Section<'_>, text: &Text<'_>) {
+    let module =
+        |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:-".contains(&b));
+    for directive in text.value.split(',').map(str::trim) {
+        let (target, level) = directive.split_once('=').unwrap_or(("preface", directive));
+        let known = LEVELS.contains(&level.to_ascii_lowercase().as_str());
+        if known && module(target) {
+            continue;
+        }
+        let wrong = if known { target } else { level };
+        let message = format!("{wrong:?} is not a {} of the log", if known { "module" } else { "level" });
+        let diagnostic = Diagnostic::error(&text.span, message);
+        section.note(match nearest(level, &LEVELS).filter(|_| !known) {
+            Some(near) => diagnostic.help(format!("did you mean {near:?}?")),
+            None => diagnostic.help(format!("levels: {}; by module: \"info,preface::health=debug\"", quoted(&LEVELS))),
+        });
+    }
+}
+
+fn admin(section: &Section<'_>) -> Admin {
+    let text = section.text("bind").expect("it has a default");
+    let bind = address::admin_bind(&text).unwrap_or_else(|diagnostic| {
+        section.note(diagnostic);
+        AdminBind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
+    });
+    let token_file = section.text("token_file").and_then(|text| match text.value {
+        "" => {
+            section.note(Diagnostic::error(&text.span, "\"token_file\" must be the path of a file").label("empty"));
+            None
+        }
+        path => Some(PathBuf::from(path)),
+    });
+    if let (AdminBind::Tcp(address), None) = (&bind, section.written("token_file"))
+        && !address.ip().is_loopback()
+    {
+        let message = format!("the admin API on {:?} needs a \"token_file\"", text.value);
+        let diagnostic = Diagnostic::error(&text.span, message).label("not a loopback address").if_whole();
+        section.note(diagnostic.help("whoever can connect could drain production: write token_file = \"/etc/preface/token\", or bind a loopback address or \"unix:/run/preface/admin.sock\""));
+    }
+    Admin { bind, token_file }
+}
+
+/// What a listener needs of its pool.
+fn check_pool_of(file: &Section<'_>, written: &WrittenListener<'_>, pools: &[WrittenPool<'_>]) {
+    let Some(text) = &written.pool else { return };
+    let Some(pool) = pools.iter().find(|pool| pool.pool.name == text.value) else {
+        let names: Vec<&str> = pools.iter().map(|pool| pool.pool.name.as_str()).collect();
+        let diagnostic = Diagnostic::error(&text.span, format!("no pool named {:?}", text.value)).if_whole();
+        return file.note(match nearest(text.value, &names) {
+            Some(near) => diagnostic.label("not defined").help(format!("did you mean {near:?}?")),
+            None if names.is_empty() => diagnostic
+                .label("the file defines no pool")
+                .help(format!("write [pools.{}] with upstreams = [\"10.0.0.30:80\"]", text.value)),
+            None => diagnostic.label("not defined").help(format!("defined pools: {}", quoted(&names))),
+        });
+    };
+    if tlvs::any(&written.listener.tlvs) && !pool.has_v2() && !pool.upstreams.is_empty() {
+        file.note(tlvs_without_v2(&written.tlvs, &format!("listener {:?}", written.listener.name), pool));
+    }
+    check_loops_and_ports(file, written, pool);
+}
+
+fn tlvs_without_v2(section: &Section<'_>, whose: &str, pool: &WrittenPool<'_>) -> Diagnostic {
+    let v1 = pool.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(Version::V1));
+    let message =
+        format!("the TLVs of {whose} would never be sent: no upstream of pool {:?} gets a v2 header", pool.pool.name);
+    let diagnostic = Diagnostic::error(&section.span, message).label("only v2 carries TLVs").if_whole();
+    diagnostic
+        .also(&pool.proxy_protocol, if v1 { "v1 here" } else { "no header here" })
+        .help("write proxy_protocol = \"v2\" in the pool, if its upstreams take that, or remove the TLVs")
+}
+
+/// Looks at each pair of a listener's address and an upstream of its pool.
+fn check_loops_and_ports(file: &Section<'_>, written: &WrittenListener<'_>, pool: &WrittenPool<'_>) {
+    for (upstream, place) in pool.pool.upstreams.iter().zip(&pool.upstreams) {
+        for (bind, text) in written.listener.binds.iter().zip(&written.binds) {
+            let port = bind.address.port();
+            let target = SocketAddr::new(upstream.ip, upstream.port.unwrap_or(port));
+            let wildcard_loop = bind.address.ip().is_unspecified() && upstream.ip.is_loopback();
+            if upstream.port.is_none() && port == 0 {
+                let message = format!(
+                    "upstream {:?} has no port, and listener {:?} has none to give",
+                    place.address.value, written.listener.name
+                );
+                file.note(
+                    Diagnostic::error(&place.address.span, message)
+                        .also(&text.span, "port 0")
+                        .help("write the upstream's port"),
+                );
+            } else if port != 0 && address::covers(bind, target) && (wildcard_loop || bind.address.ip() == upstream.ip)
+            {
+                let message =
+                    format!("upstream {:?} is listener {:?} itself", place.address.value, written.listener.name);
+                let diagnostic =
+                    Diagnostic::warning(&place.address.span, message).label(format!("connects to {target}"));
+                file.note(
+                    diagnostic.also(&text.span, "which is taken here").help(
+                        "such a connection comes back until the limits are reached: another port is probably meant",
+                    ),
+                );
+            }
+            let twin = |other: &super::Upstream| other.ip == upstream.ip && other.port == Some(port);
+            if let (None, Some(at)) = (upstream.port, pool.pool.upstreams.iter().position(twin)) {
+                let message = format!(
+                    "upstream {:?} stands twice in pool {:?} for listener {:?}",
+                    place.address.value, pool.pool.name, written.listener.name
+                );
+                let diagnostic =
+                    Diagnostic::error(&place.address.span, message).label(format!("means port {port} there"));
+                file.note(
+                    diagnostic.also(&pool.upstreams[at].address.span, "the same address").also(&text.span, "the port"),
+                );
+            }
+        }
+    }
+}
+
+/// What a pool is to all listeners.
+fn check_pool(file: &Section<'_>, written: &WrittenPool<'_>, listeners: &[WrittenListener<'_>]) {
+    let pool = &written.pool;
+    if tlvs::any(&pool.tlvs) && !written.has_v2() && !written.upstreams.is_empty() {
+        file.note(tlvs_without_v2(&written.tlvs, &format!("pool {:?}", pool.name), written));
+    }
+    for (upstream, place) in pool.upstreams.iter().zip(&written.upstreams) {
+        let Some(section) = place.tlvs.as_ref().filter(|_| tlvs::any(&upstream.tlvs)) else { continue };
+        if upstream.proxy_protocol != Some(Version::V2) {
+            let gets = if upstream.proxy_protocol.is_some() { "v1" } else { "no header" };
+            let message = format!("upstream {:?} has TLVs, and gets {gets}", place.address.value);
+            let diagnostic = Diagnostic::error(&section.span, message).label("only v2 carries TLVs");
+            file.note(diagnostic.help("write proxy_protocol = \"v2\" for it, if it takes that, or remove its TLVs"));
+        }
+    }
+    let users: Vec<_> = listeners.iter().filter(|listener| listener.listener.pool == pool.name).collect();
+    if users.is_empty() {
+        let diagnostic = Diagnostic::warning(&written.name, format!("no listener uses pool {:?}", pool.name));
+        file.note(diagnostic.label("never used").if_whole());
+    }
+    tlvs::check_headers(file, &headers(written, &users));
+}
+
+/// The TLVs of every header that the pool's upstreams can get.
+fn headers<'s, 'a>(written: &'s WrittenPool<'a>, users: &[&'s WrittenListener<'a>]) -> Vec<Levels<'s, 'a>> {
+    let pool = &written.pool;
+    let listeners: Vec<Option<&WrittenListener<'a>>> =
+        if users.is_empty() { vec![None] } else { users.iter().copied().map(Some).collect() };
+    let mut headers = Vec::new();
+    for listener in listeners {
+        let mut shared_is_in = false;
+        for (upstream, place) in pool.upstreams.iter().zip(&written.upstreams) {
+            let own = place.tlvs.as_ref().filter(|section| section.is_written());
+            // Upstreams without TLVs of their own all get the same header.
+            if upstream.proxy_protocol != Some(Version::V2) || (own.is_none() && shared_is_in) {
+                continue;
+            }
+            shared_is_in |= own.is_none();
+            let from =
+                listener.map_or_else(String::new, |listener| format!(" from listener {:?}", listener.listener.name));
+            let to = own.map_or_else(String::new, |_| format!(" to {:?}", place.address.value));
+            let levels = [
+                own.map(|section| (&upstream.tlvs, section)),
+                listener.map(|listener| (&listener.listener.tlvs, &listener.tlvs)),
+                Some((&pool.tlvs, &written.tlvs)),
+            ];
+            headers.push(Levels { what: format!("the header{from} for pool {:?}{to}", pool.name), levels });
+        }
+    }
+    headers
+}

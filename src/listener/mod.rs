@@ -1,1 +1,134 @@
-//! listener.
+//! The accept loop of one socket, and which connections it admits.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use crate::connection::{self, Record, Shared};
+use crate::net::{self, Accepted, Listening, Stream};
+use crate::snapshot::Listener;
+use crate::termination::Termination;
+
+/// How long a listener rests when no descriptor is left.
+const SHORTAGE_REST: Duration = Duration::from_millis(100);
+/// Handshakes under way have this long to complete before a listener closes.
+const HANDSHAKES_GRACE: Duration = Duration::from_millis(100);
+/// Connections accepted in a row before the worker's other tasks have a turn.
+const ACCEPTS_PER_TURN: usize = 64;
+
+/// One listening socket of one worker.
+pub struct Acceptor {
+    /// The socket.
+    pub listening: Listening,
+    /// What the socket is bound to.
+    pub bound: SocketAddr,
+    /// Under which its listener stands in the snapshot.
+    pub slot: usize,
+    /// Notified when the address is no longer served.
+    pub retire: Notify,
+}
+
+/// Accepts until retired, then serves what was queued and closes.
+pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<Listener>) {
+    let mut is_short = false;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = acceptor.retire.notified() => break,
+            accepted = accept_some(&shared, &acceptor, &mut listener) => accepted,
+        };
+        match accepted {
+            Ok(()) => {
+                if std::mem::take(&mut is_short) {
+                    tracing::info!(event = "accept", listener = &*listener.life.name, "accepting again");
+                }
+                tokio::task::yield_now().await;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut is_short, true) {
+                    tracing::warn!(
+                        event = "accept", listener = &*listener.life.name, reason = %error,
+                        "cannot accept connections; raise the descriptor limit (LimitNOFILE, ulimit -n) or lower runtime.max_connections"
+                    );
+                }
+                sleep(SHORTAGE_REST).await;
+            }
+        }
+    }
+    if let Err(error) = acceptor.listening.refuse_handshakes() {
+        tracing::debug!(event = "retire", listener = &*listener.life.name, reason = %error, "no filter on the socket");
+    }
+    accept_queued(&shared, &acceptor, &listener);
+    sleep(HANDSHAKES_GRACE).await;
+    accept_queued(&shared, &acceptor, &listener);
+}
+
+async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Arc<Listener>) -> io::Result<()> {
+    let mut accepted = std::future::poll_fn(|cx| acceptor.listening.poll_accept(cx)).await?;
+    for _ in 0..ACCEPTS_PER_TURN {
+        // An address that just left the configuration is served as it last was until it is closed.
+        shared.with_snapshot(|snapshot| {
+            if let Some(current) = snapshot.slots.get(&acceptor.slot)
+                && !Arc::ptr_eq(current, listener)
+            {
+                *listener = Arc::clone(current);
+            }
+        });
+        admit(shared, accepted, acceptor.bound, listener);
+        let next = std::future::poll_fn(|cx| match acceptor.listening.poll_accept(cx) {
+            std::task::Poll::Ready(next) => std::task::Poll::Ready(Some(next)),
+            std::task::Poll::Pending => std::task::Poll::Ready(None),
+        });
+        match next.await {
+            Some(next) => accepted = next?,
+            None => break,
+        }
+    }
+    Ok(())
+}
+
+fn accept_queued(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &Arc<Listener>) {
+    while let Ok(accepted) = acceptor.listening.try_accept() {
+        admit(shared, accepted, acceptor.bound, listener);
+    }
+}
+
+/// Starts a connection, or resets it at once if a rule or a limit is against it.
+fn admit(shared: &Rc<Shared>, accepted: Accepted, bound: SocketAddr, listener: &Arc<Listener>) {
+    let (life, config) = (&listener.life, &listener.config);
+    let client = accepted.client;
+    life.accepted.fetch_add(1, Ordering::Relaxed);
+    let others = life.open.fetch_add(1, Ordering::Relaxed) as usize;
+    let open = shared.open.open(shared.with_snapshot(|snapshot| snapshot.connections_max));
+    let mut in_source = false;
+    let refusal = if !listener.allows(client.ip()) {
+        Some(Termination::Denied)
+    } else if open.is_none() {
+        Some(Termination::ProcessFull)
+    } else if config.max_connections > 0 && others >= config.max_connections {
+        Some(Termination::ListenerFull)
+    } else if config.max_connections_per_source > 0 {
+        in_source = life.enter_source(client.ip(), config.max_connections_per_source);
+        (!in_source).then_some(Termination::SourceFull)
+    } else {
+        None
+    };
+    let record = Record::new(shared, life, client, open, in_source);
+    if let Some(termination) = refusal {
+        net::stream::reset(accepted.fd);
+        record.end(termination);
+        return;
+    }
+    match Stream::new(accepted.fd) {
+        Ok(stream) => {
+            tokio::task::spawn_local(connection::serve(stream, bound, Arc::clone(listener), record));
+        }
+        Err(_) => record.end(Termination::LocalResources),
+    }
+}

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
-use tokio::io::unix::AsyncFd;
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Connections waiting to be accepted, per socket; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -42,8 +42,7 @@ pub fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-/// Connections accepted from now on use this keepalive.
-pub fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
+fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
     match keepalive {
         Some(idle) => socket.set_tcp_keepalive(&super::keepalive(idle)),
         None => socket.set_keepalive(false),
@@ -51,11 +50,8 @@ pub fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result
 }
 
 fn open(options: &BindOptions, reuse_port: bool) -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::for_address(options.address),
-        Type::STREAM.nonblocking().cloexec(),
-        Some(Protocol::TCP),
-    )?;
+    let socket =
+        Socket::new(Domain::for_address(options.address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     if options.address.is_ipv6() {
         socket.set_only_v6(options.v6only)?;
     }
@@ -101,6 +97,11 @@ impl Listening {
                 result => return Poll::Ready(result),
             }
         }
+    }
+
+    /// Connections accepted from now on use this keepalive; `None`: off.
+    pub fn set_keepalive(&self, keepalive: Option<Duration>) -> io::Result<()> {
+        set_keepalive(self.socket.get_ref(), keepalive)
     }
 
     /// What is queued now, without waiting.

@@ -1,5 +1,6 @@
 //! Sockets, their options and the machine's limits. The only place with `unsafe`.
 
+pub mod check;
 pub mod limits;
 pub mod listen;
 pub mod stream;
@@ -22,16 +23,6 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
         },
         IpAddr::V4(_) => address,
     }
-}
-
-/// Is this error a shortage of our own (ports, descriptors, buffers), which says nothing about the peer?
-pub fn is_local_shortage(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::EADDRNOTAVAIL | libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EAGAIN
-        )
-    )
 }
 
 /// Has this machine IPv6 sockets at all?

@@ -32,11 +32,8 @@ impl Stream {
 
     /// Starts to connect; `connected` tells the outcome.
     pub fn connect(address: SocketAddr, source: Option<IpAddr>, keepalive: Option<Duration>) -> io::Result<Stream> {
-        let socket = Socket::new(
-            Domain::for_address(address),
-            Type::STREAM.nonblocking().cloexec(),
-            Some(Protocol::TCP),
-        )?;
+        let socket =
+            Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
         socket.set_tcp_nodelay(true)?;
         if let Some(idle) = keepalive {
             socket.set_tcp_keepalive(&super::keepalive(idle))?;

@@ -189,9 +189,11 @@ impl Pool {
 
     fn pick_in_turn(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
         let start = self.turn.fetch_add(1, Ordering::Relaxed);
-        self.first_with_room(tier, tried, (0..tier.order.len()).map(|offset| {
-            usize::from(tier.order[start.wrapping_add(offset) % tier.order.len()])
-        }))
+        self.first_with_room(
+            tier,
+            tried,
+            (0..tier.order.len()).map(|offset| usize::from(tier.order[start.wrapping_add(offset) % tier.order.len()])),
+        )
     }
 
     fn pick_least(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {

@@ -1,1 +1,324 @@
-//! server.
+//! The control thread: it starts everything, is the one writer of the snapshot, and ends everything.
+
+pub mod watch;
+mod exposition;
+mod reload;
+mod state;
+mod status;
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, anyhow};
+use arc_swap::ArcSwap;
+use tokio::runtime::LocalOptions;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{interval, sleep_until};
+
+use crate::admin::{self, announce};
+use crate::config::Config;
+use crate::config::error::Style;
+use crate::control::probes::Probes;
+use crate::control::{self, Command, ReloadTrigger};
+use crate::drain::{OpenConnections, StopSource};
+use crate::log;
+use crate::net;
+use crate::net::limits;
+use crate::snapshot::{Inputs, Snapshot};
+use crate::termination::Termination;
+use crate::worker::{Message, Worker};
+use state::State;
+use watch::{ContentHash, Watch};
+
+/// Between signs of life of the workers, and between additions of what they carried.
+const TICK: Duration = Duration::from_secs(5);
+/// Connections that are reset at the end have this long to be counted and logged.
+const LAST_RESETS: Duration = Duration::from_secs(1);
+
+/// Serves the configuration in `path` until told to stop. Errors are for a person: what, where, what to do.
+pub fn run(path: PathBuf) -> anyhow::Result<()> {
+    let content = watch::read(&path).with_context(|| {
+        format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
+    })?;
+    let (parsed, text) = reload::parse(&path, &content).map_err(|errors| anyhow!("{}", errors.join("\n\n")))?;
+    let log = log::init(parsed.config.log.format, &parsed.config.log.level)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let warnings = parsed.warnings.render(Style::Plain);
+    let outcome = runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone()));
+    log.flush(Duration::from_secs(1));
+    outcome
+}
+
+async fn serve(
+    path: PathBuf,
+    config: Config,
+    text: String,
+    warnings: Vec<String>,
+    hash: ContentHash,
+    log: log::Log,
+) -> anyhow::Result<()> {
+    let descriptors = limits::raise_descriptor_limit();
+    let mut signals = Signals::new()?;
+    let (handle, commands) = control::channel();
+    let listener = admin::bind(&config.admin.bind)?;
+    let mut state = start_state(&path, &config, log, handle.clone(), descriptors)?;
+    (state.text, state.warnings) = (text, warnings);
+    let admin_bind = config.admin.bind.clone();
+    state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
+    state.probes.set_configured();
+    state.probes.set_listening();
+    let (stop_source, stop) = StopSource::new();
+    let admin_state = admin::State {
+        control: handle,
+        probes: Arc::clone(&state.probes),
+        access: Arc::clone(&state.access),
+        scope: admin::Scope::All,
+    };
+    let mut admin_stop = stop.clone();
+    let admin_task = tokio::spawn(admin::serve(listener, admin_state, async move { admin_stop.stopped().await }));
+    let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
+    let _ = std::fs::create_dir(&directory);
+    let announcement = announce::announce(&directory, &admin_bind);
+    let (watch, watch_warnings) = Watch::start(&path, hash);
+    for warning in state.warnings.iter().chain(&watch_warnings) {
+        tracing::warn!(event = "config", warning);
+    }
+    for (slot, listener) in &state.snapshot.load().slots {
+        tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
+    }
+    tracing::info!(
+        event = "start", version = env!("CARGO_PKG_VERSION"), config = %path.display(), admin = %announce::address_text(&admin_bind),
+        workers = state.workers.len(), listeners = state.config.listeners.len(), pools = state.config.pools.len(),
+        max_connections = state.inputs.connections_max, "serving"
+    );
+    run_until_stopped(&mut state, commands, watch, &mut signals).await;
+    stop_source.stop();
+    let _ = tokio::time::timeout(LAST_RESETS, admin_task).await;
+    drop(announcement);
+    state.workers.drain(..).for_each(Worker::join);
+    tracing::info!(event = "stop", "stopped");
+    Ok(())
+}
+
+fn start_state(
+    path: &Path,
+    config: &Config,
+    log: log::Log,
+    handle: control::Handle,
+    descriptors: usize,
+) -> anyhow::Result<State> {
+    let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
+    let open = Arc::new(OpenConnections::default());
+    let count = match config.runtime.workers {
+        0 => limits::default_workers(),
+        count => count,
+    };
+    let mut workers = Vec::with_capacity(count);
+    for number in 0..count {
+        let (snapshot, open) = (Arc::clone(&snapshot), Arc::clone(&open));
+        let worker = Worker::start(number, snapshot, open, handle.clone(), log.sender());
+        workers.push(worker.context("cannot start a worker thread; see ulimit -u and the cgroup's pids.max")?);
+    }
+    let nothing = Config { listeners: BTreeMap::new(), pools: BTreeMap::new(), ..config.clone() };
+    Ok(State {
+        path: path.to_owned(),
+        config: nothing,
+        text: String::new(),
+        warnings: Vec::new(),
+        inputs: Inputs { has_ipv6: net::has_ipv6(), ..Inputs::default() },
+        snapshot,
+        workers,
+        checkers: BTreeMap::new(),
+        deadlines: Vec::new(),
+        reports: VecDeque::new(),
+        reloads: [0; 3],
+        touched: HashSet::new(),
+        joined: HashSet::new(),
+        next_slot: 0,
+        unresponsive: 0,
+        access: Arc::default(),
+        probes: Arc::new(Probes::new(count, Instant::now())),
+        log,
+        handle,
+        open,
+        descriptors,
+        started: SystemTime::now(),
+        stopping: false,
+    })
+}
+
+/// The signals that are listened to.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Signals> {
+        Ok(Signals {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+}
+
+async fn stop_signal(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}
+
+/// How far a stop has come.
+enum Stopping {
+    /// Not ordered.
+    No,
+    /// Still accepting, until then.
+    Delay(Instant),
+    /// Listeners are closed; open connections have until then.
+    Draining(Instant),
+}
+
+async fn run_until_stopped(
+    state: &mut State,
+    mut commands: mpsc::Receiver<Command>,
+    mut watch: Watch,
+    signals: &mut Signals,
+) {
+    let Signals { hangup, terminate, interrupt } = signals;
+    let mut tick = interval(TICK);
+    let mut stopping = Stopping::No;
+    let open = Arc::clone(&state.open);
+    loop {
+        state.probes.control_turned(Instant::now());
+        let stop_at = match stopping {
+            Stopping::No => None,
+            Stopping::Delay(at) | Stopping::Draining(at) => Some(at),
+        };
+        tokio::select! {
+            command = commands.recv() => {
+                let Some(command) = command else { return };
+                carry_out(state, command, &mut watch).await;
+                while let Ok(command) = commands.try_recv() {
+                    carry_out(state, command, &mut watch).await;
+                }
+                state.publish();
+            }
+            change = watch.changed(), if !state.stopping => file_changed(state, change, &mut watch).await,
+            _ = hangup.recv() => {
+                reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
+            }
+            name = stop_signal(terminate, interrupt) => {
+                if state.stopping {
+                    tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
+                    state.end(None, Termination::StopTimeout).await;
+                    let _ = tokio::time::timeout(LAST_RESETS, open.empty()).await;
+                    return;
+                }
+                state.stopping = true;
+                state.probes.set_stopping();
+                let delay = state.config.runtime.stop_delay;
+                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = ?delay, "stopping");
+                stopping = Stopping::Delay(Instant::now() + delay);
+            }
+            () = at(stop_at) => match stopping {
+                Stopping::Delay(_) => {
+                    close_listeners(state).await;
+                    stopping = Stopping::Draining(Instant::now() + state.config.runtime.stop_timeout);
+                }
+                _ => {
+                    tracing::warn!(event = "stop", open = open.count(), "stop_timeout is over: the rest is reset");
+                    state.end(None, Termination::StopTimeout).await;
+                    let _ = tokio::time::timeout(LAST_RESETS, open.empty()).await;
+                    return;
+                }
+            },
+            () = open.empty(), if matches!(stopping, Stopping::Draining(_)) => return,
+            () = at(state.next_deadline()) => state.fire(Instant::now()).await,
+            _ = tick.tick() => {
+                state.collect().await;
+            }
+        }
+    }
+}
+
+/// Completes then; never without a time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn close_listeners(state: &State) {
+    let mut closed = Vec::new();
+    for worker in &state.workers {
+        let (sender, receiver) = oneshot::channel();
+        worker.send(Message::Stop(sender)).await;
+        closed.push(receiver);
+    }
+    for receiver in closed {
+        let _ = receiver.await;
+    }
+}
+
+async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
+    // A reply that nobody waits for any more is no error.
+    match command {
+        Command::Reload(trigger, reply) => {
+            let report = reload_from_file(state, trigger, watch).await;
+            let _ = reply.send(report);
+        }
+        Command::SetAdmin(order, reply) => {
+            let result = state.set_admin(order).await;
+            let _ = reply.send(result);
+        }
+        Command::Observed(observations) => {
+            for observation in observations {
+                state.observed(observation).await;
+            }
+        }
+        Command::ConnectsFailed(life) => state.connects_failed(&life).await,
+        Command::Status(reply) => {
+            state.collect().await;
+            let _ = reply.send(state.status());
+        }
+        Command::Config(reply) => {
+            let _ = reply.send(state.config_in_force());
+        }
+        Command::Metrics(reply) => {
+            state.collect().await;
+            let _ = reply.send(state.exposition());
+        }
+    }
+}
+
+async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
+    if state.stopping {
+        return state
+            .reload(trigger, Err("error: the process is stopping: nothing is reloaded any more".to_owned()))
+            .await;
+    }
+    let content = watch::read(&state.path);
+    if let Ok(content) = &content {
+        watch.delivered(ContentHash::of(content));
+    }
+    let content = content.map_err(|error| format!("error: {}: {error}", state.path.display()));
+    state.reload(trigger, content).await
+}
+
+async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watch) {
+    let content = match change.content {
+        // Half a save, perhaps: it comes once more.
+        Ok(content) if reload::parse(&state.path, &content).is_err() && watch.retry() => return,
+        Ok(content) => Ok(content),
+        Err(_) if !change.last_try && watch.retry() => return,
+        Err(error) => Err(format!("error: {}: {error}", state.path.display())),
+    };
+    state.reload(ReloadTrigger::File, content).await;
+}

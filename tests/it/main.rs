@@ -5,6 +5,7 @@
 
 mod support;
 
+mod codec;
 mod netns;
 mod receivers;
 mod requested;

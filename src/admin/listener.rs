@@ -1,0 +1,203 @@
+//! Where the admin API listens: a TCP address or a UNIX socket.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::config::AdminBind;
+
+/// The owner and the group may speak to the UNIX socket.
+const SOCKET_MODE: u32 = 0o660;
+
+/// A bound admin address. A UNIX socket's file goes away with it.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    reach: Reach,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener, SocketFile),
+}
+
+/// From where a listener can be reached, which decides what its callers have to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Whoever the file's mode lets in; no browser.
+    Unix,
+    /// Everyone on this machine, also the web pages in its browsers.
+    Loopback,
+    /// The network.
+    Network,
+}
+
+/// A file that is removed in the end, if it is still the one that was made.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device_and_inode: (u64, u64),
+}
+
+/// Bind the address, inside a tokio runtime. A UNIX socket's stale file is replaced, one that answers is not.
+pub fn bind(bind: &AdminBind) -> io::Result<Listener> {
+    match bind {
+        AdminBind::Tcp(address) => bind_tcp(*address)
+            .map_err(|error| explain(error, &address.to_string(), "`ss -ltnp` shows who has the port")),
+        AdminBind::Unix(path) => {
+            bind_unix(path).map_err(|error| explain(error, &format!("unix:{}", path.display()), "choose another path"))
+        }
+    }
+}
+
+fn explain(error: io::Error, what: &str, when_in_use: &str) -> io::Error {
+    let next = match error.kind() {
+        io::ErrorKind::AddrInUse => when_in_use,
+        io::ErrorKind::PermissionDenied => "choose a place where this user may bind",
+        io::ErrorKind::NotFound => "make its directory first",
+        io::ErrorKind::AddrNotAvailable => "use an address of this machine",
+        _ => return io::Error::new(error.kind(), format!("cannot bind [admin] {what}: {error}")),
+    };
+    io::Error::new(error.kind(), format!("cannot bind [admin] {what}: {error}; {next}"))
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
+    let socket = std::net::TcpListener::bind(address)?;
+    socket.set_nonblocking(true)?;
+    let reach = if address.ip().to_canonical().is_loopback() { Reach::Loopback } else { Reach::Network };
+    Ok(Listener { socket: Socket::Tcp(TcpListener::from_std(socket)?), reach })
+}
+
+fn bind_unix(path: &Path) -> io::Result<Listener> {
+    let socket = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_stale(path)?;
+            UnixListener::bind(path)?
+        }
+        other => other?,
+    };
+    let metadata = fs::symlink_metadata(path)?;
+    let file = SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) };
+    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+    Ok(Listener { socket: Socket::Unix(socket, file), reach: Reach::Unix })
+}
+
+/// Remove the file of a process that is gone. Only a refused connection proves that; never remove what isn't a socket.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let in_use = |what| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
+    if !fs::symlink_metadata(path)?.file_type().is_socket() {
+        return in_use("the file exists and is not a socket");
+    }
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    // A live listener with a full backlog would block us; like this it says EAGAIN.
+    socket.set_nonblocking(true)?;
+    match socket.connect(&socket2::SockAddr::unix(path)?) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
+        _ => in_use("another process listens there"),
+    }
+}
+
+impl Listener {
+    /// What was bound; with port 0 the port that the kernel chose.
+    pub fn address(&self) -> io::Result<AdminBind> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.local_addr().map(AdminBind::Tcp),
+            Socket::Unix(_, file) => Ok(AdminBind::Unix(file.path.clone())),
+        }
+    }
+
+    pub(super) fn reach(&self) -> Reach {
+        self.reach
+    }
+
+    pub(super) async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.accept().await.map(|(stream, _)| Box::new(stream) as Box<dyn Stream>),
+            Socket::Unix(socket, _) => socket.accept().await.map(|(stream, _)| Box::new(stream) as Box<dyn Stream>),
+        }
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // The next process may have put its own socket there already.
+        let is_ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode;
+        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A connection of either kind.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_the_file_goes_away_with_the_listener() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("admin.sock");
+        // A std listener leaves its file behind, as a killed process does.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+
+        let listener = bind(&AdminBind::Unix(path.clone())).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(listener.reach(), Reach::Unix);
+        let error = bind(&AdminBind::Unix(path.clone())).unwrap_err().to_string();
+        assert!(error.ends_with("another process listens there; choose another path"), "{error}");
+
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_not_ours_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("admin.sock");
+        fs::write(&path, "precious").unwrap();
+        let error = bind(&AdminBind::Unix(path.clone())).unwrap_err().to_string();
+        assert!(error.contains("the file exists and is not a socket"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+
+        fs::remove_file(&path).unwrap();
+        let listener = bind(&AdminBind::Unix(path.clone())).unwrap();
+        fs::remove_file(&path).unwrap();
+        let successor = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists(), "the successor's socket stays");
+        drop(successor);
+    }
+
+    #[tokio::test]
+    async fn errors_say_what_to_do() {
+        let first = bind(&AdminBind::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
+        let address = first.address().unwrap();
+        let error = bind(&address).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        assert!(error.to_string().ends_with("`ss -ltnp` shows who has the port"), "{error}");
+        let error = bind(&AdminBind::Unix("/nonexistent/admin.sock".into())).unwrap_err().to_string();
+        assert!(error.starts_with("cannot bind [admin] unix:/nonexistent/admin.sock: "), "{error}");
+        assert!(error.ends_with("; make its directory first"), "{error}");
+        let error = bind(&AdminBind::Tcp("192.0.2.1:0".parse().unwrap())).unwrap_err().to_string();
+        assert!(error.ends_with("; use an address of this machine"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn reach_follows_the_address() {
+        for (address, reach) in [("127.0.0.2:0", Reach::Loopback), ("0.0.0.0:0", Reach::Network)] {
+            assert_eq!(bind(&AdminBind::Tcp(address.parse().unwrap())).unwrap().reach(), reach, "{address}");
+        }
+    }
+}

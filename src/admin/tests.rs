@@ -1,0 +1,394 @@
+//! The admin server on real sockets, with a control thread that the test plays.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::config::AdminBind;
+use crate::control::{self, Command, ReloadReport, SetAdminReply};
+
+struct Served {
+    address: AdminBind,
+    probes: Arc<Probes>,
+    access: Arc<ArcSwap<Access>>,
+    stop: Option<oneshot::Sender<()>>,
+    server: JoinHandle<()>,
+}
+
+impl Served {
+    fn tcp(&self) -> SocketAddr {
+        match &self.address {
+            AdminBind::Tcp(address) => SocketAddr::new("127.0.0.1".parse().unwrap(), address.port()),
+            AdminBind::Unix(_) => panic!("bound to a UNIX socket"),
+        }
+    }
+
+    /// The answer's status and body to a request line and headers, `\n` between them.
+    async fn ask(&self, request: &str) -> (u16, String) {
+        let request = format!("{}\nConnection: close\n\n", request.trim_end()).replace('\n', "\r\n");
+        let answer = match &self.address {
+            AdminBind::Tcp(_) => exchange(TcpStream::connect(self.tcp()).await.unwrap(), &request).await,
+            AdminBind::Unix(path) => exchange(UnixStream::connect(path).await.unwrap(), &request).await,
+        };
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    async fn stop(mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.server.await.unwrap();
+    }
+}
+
+async fn exchange(mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin, request: &str) -> String {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+fn served_by(bind: AdminBind, access: Access, scope: Scope, control: Handle) -> Served {
+    let listener = super::bind(&bind).unwrap();
+    let address = listener.address().unwrap();
+    let probes = Arc::new(Probes::new(1, Instant::now()));
+    let access = Arc::new(ArcSwap::from_pointee(access));
+    let state = State { control, probes: probes.clone(), access: access.clone(), scope };
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = tokio::spawn(serve(listener, state, async move {
+        let _ = stopped.await;
+    }));
+    Served { address, probes, access, stop: Some(stop), server }
+}
+
+fn served(bind: &str, access: Access) -> Served {
+    served_by(announce::parse(bind).unwrap(), access, Scope::All, played_control())
+}
+
+/// A control thread that refuses every second reload, beginning with the second.
+fn played_control() -> Handle {
+    let (handle, mut commands) = control::channel();
+    tokio::spawn(async move {
+        let mut reloads = 0;
+        while let Some(command) = commands.recv().await {
+            match command {
+                Command::Reload(trigger, reply) => {
+                    reloads += 1;
+                    let _ = reply.send(Arc::new(report(trigger, reloads % 2 == 0)));
+                }
+                Command::SetAdmin(order, reply) => {
+                    let _ = reply.send(played_order(&order));
+                }
+                Command::Status(reply) => {
+                    let _ = reply.send(json!({ "pools": {} }));
+                }
+                Command::Config(reply) => {
+                    let _ = reply.send(json!({ "runtime": { "workers": 2 } }));
+                }
+                Command::Metrics(reply) => {
+                    let _ = reply.send("preface_ready 1\n".to_owned());
+                }
+                Command::Observed(_) | Command::ConnectsFailed(_) => {}
+            }
+        }
+    });
+    handle
+}
+
+fn report(trigger: ReloadTrigger, refused: bool) -> ReloadReport {
+    ReloadReport {
+        time: "2026-11-21T04:38:00Z".to_owned(),
+        trigger: trigger.as_str(),
+        outcome: if refused { ReloadOutcome::Refused } else { ReloadOutcome::Applied },
+        changes: if refused { vec![] } else { vec!["pool ingress: 1 upstream added".to_owned()] },
+        errors: if refused { vec!["no pool named \"ingres\"".to_owned()] } else { vec![] },
+        warnings: vec![],
+        duration_ms: 1.5,
+    }
+}
+
+fn played_order(order: &SetAdmin) -> Result<SetAdminReply, SetAdminError> {
+    if order.pool != "ingress" {
+        return Err(SetAdminError::UnknownPool { name: order.pool.clone(), known: "ingress".to_owned() });
+    }
+    let address = match order.address.as_deref() {
+        None => "10.0.0.30:80",
+        Some("[2001:db8::1]:80") => "[2001:db8::1]:80",
+        Some(other) => {
+            let known = "[2001:db8::1]:80".to_owned();
+            return Err(SetAdminError::UnknownUpstream {
+                pool: "ingress".to_owned(),
+                address: other.to_owned(),
+                known,
+            });
+        }
+    };
+    // What was asked comes back as the number of connections.
+    let open = order.timeout.map_or(0, |timeout| timeout.as_secs()) + if order.by == "command line" { 1000 } else { 0 };
+    Ok(SetAdminReply { upstreams: vec![(address.parse().unwrap(), open)] })
+}
+
+#[tokio::test]
+async fn answers_reads() {
+    let admin = served("127.0.0.1:0", Access::default());
+    let host = format!("Host: {}", admin.tcp());
+    for (path, body) in [
+        ("/", INDEX),
+        ("/metrics", "preface_ready 1\n"),
+        ("/status", "{\n  \"pools\": {}\n}\n"),
+        ("/config", "{\n  \"runtime\": {\n    \"workers\": 2\n  }\n}\n"),
+    ] {
+        assert_eq!(admin.ask(&format!("GET {path} HTTP/1.1\n{host}")).await, (200, body.to_owned()));
+    }
+    assert_eq!(admin.ask(&format!("GET /nothing HTTP/1.1\n{host}")).await.0, 404);
+    assert_eq!(admin.ask(&format!("GET /reload HTTP/1.1\n{host}")).await.0, 405);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn reload_answers_with_what_changed_or_with_the_errors() {
+    let admin = served("127.0.0.1:0", Access::default());
+    let request = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1";
+    let (status, body) = admin.ask(request).await;
+    assert_eq!(status, 200);
+    insta::assert_snapshot!(body, @r#"
+    {
+      "changes": [
+        "pool ingress: 1 upstream added"
+      ],
+      "duration_ms": 1.5,
+      "errors": [],
+      "outcome": "applied",
+      "time": "2026-11-21T04:38:00Z",
+      "trigger": "admin",
+      "warnings": []
+    }
+    "#);
+    let (status, body) = admin.ask(request).await;
+    assert_eq!(status, 422);
+    assert!(body.contains(r#""no pool named \"ingres\"""#), "{body}");
+}
+
+#[tokio::test]
+async fn orders_reach_the_control_thread() {
+    let admin = served("127.0.0.1:0", Access::default());
+    let order = async |path: &str| {
+        let (status, body) = admin.ask(&format!("POST {path} HTTP/1.1\nHost: localhost\nX-Preface: 1")).await;
+        format!("{status} {}", serde_json::from_str::<Value>(&body).unwrap())
+    };
+    let mut answers = Vec::new();
+    for path in [
+        "/pools/ingress/drain",
+        "/pools/ingress/drain?timeout=1m30s",
+        "/pools/ingress/upstreams/%5B2001:db8::1%5D:80/disable",
+        "/pools/ingress/upstreams/[2001:db8::1]:80/enable",
+        "/pools/ingress/upstreams/10.0.0.99:80/drain",
+        "/pools/other/enable",
+        "/pools/ingress/explode",
+        "/pools/ingress/drain?timeout=soon",
+        "/pools/ingress/drain?time=30s",
+        "/pools/ingress/disable?timeout=30s",
+    ] {
+        answers.push(format!("{path}\n  {}", order(path).await));
+    }
+    insta::assert_snapshot!(answers.join("\n"), @r#"
+    /pools/ingress/drain
+      200 {"admin":"draining","pool":"ingress","upstreams":[{"address":"10.0.0.30:80","open":0}]}
+    /pools/ingress/drain?timeout=1m30s
+      200 {"admin":"draining","pool":"ingress","upstreams":[{"address":"10.0.0.30:80","open":90}]}
+    /pools/ingress/upstreams/%5B2001:db8::1%5D:80/disable
+      200 {"admin":"disabled","pool":"ingress","upstreams":[{"address":"[2001:db8::1]:80","open":0}]}
+    /pools/ingress/upstreams/[2001:db8::1]:80/enable
+      200 {"admin":"enabled","pool":"ingress","upstreams":[{"address":"[2001:db8::1]:80","open":0}]}
+    /pools/ingress/upstreams/10.0.0.99:80/drain
+      404 {"error":"no upstream \"10.0.0.99:80\" in pool \"ingress\"; upstreams: [2001:db8::1]:80"}
+    /pools/other/enable
+      404 {"error":"no pool named \"other\"; pools: ingress"}
+    /pools/ingress/explode
+      404 {"error":"no order \"explode\"; orders: drain, disable, enable"}
+    /pools/ingress/drain?timeout=soon
+      400 {"error":"\"soon\" is not a time (expected number at 0); write 30s or 1h30m"}
+    /pools/ingress/drain?time=30s
+      400 {"error":"the only parameter is timeout, once: ?timeout=30s"}
+    /pools/ingress/disable?timeout=30s
+      400 {"error":"only drain has a timeout: disable resets at once, enable resets nothing"}
+    "#);
+
+    let request =
+        format!("POST /pools/ingress/drain HTTP/1.1\nHost: localhost\nX-Preface: 1\nUser-Agent: {COMMAND_LINE_AGENT}");
+    assert!(admin.ask(&request).await.1.contains("\"open\": 1000"), "said to come from the command line");
+}
+
+/// Each line: what is asked, with which headers, of which server; and how it is answered.
+#[tokio::test]
+async fn refuses_what_a_web_page_or_a_stranger_could_send() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| -> PathBuf {
+        let path = directory.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    let with_token = |path: PathBuf| Access { token_file: Some(path), ..Access::default() };
+    let open = served("127.0.0.1:0", Access { token_file: None, host_names: vec!["lb.example".to_owned()] });
+    let token = served("127.0.0.1:0", with_token(file("token", "s3cret\n")));
+    let empty = served("127.0.0.1:0", with_token(file("empty", "\n")));
+    let missing = served("127.0.0.1:0", with_token("/nonexistent/token".into()));
+    let network = served("0.0.0.0:0", with_token(file("token", "s3cret\n")));
+    let careless = served("0.0.0.0:0", Access::default());
+    let unix = served(&format!("unix:{}/admin.sock", directory.path().display()), Access::default());
+
+    let post = "POST /reload\nX-Preface: 1\nHost: ";
+    let right = "Authorization: Bearer s3cret";
+    let table = [
+        ("open", &open, format!("{post}127.0.0.1:9900")),
+        ("open", &open, format!("{post}[::1]:9900")),
+        ("open", &open, format!("{post}localhost")),
+        ("open", &open, format!("{post}LB.example:80")),
+        ("open", &open, format!("{post}127.0.0.1:9900\nOrigin: http://127.0.0.1:9900")),
+        ("open", &open, format!("{post}127.0.0.1:9900\nOrigin: https://127.0.0.1:9900")),
+        ("open", &open, "POST /reload\nHost: localhost".to_owned()),
+        ("open", &open, "POST /reload\nHost: localhost\nX-Preface: 2".to_owned()),
+        ("open", &open, "POST /pools/ingress/disable\nHost: localhost".to_owned()),
+        ("open", &open, "POST /pools/ingress/upstreams/a/disable\nHost: localhost".to_owned()),
+        ("open", &open, "POST /reload\nX-Preface: 1".to_owned()),
+        ("open", &open, format!("{post}localhost\nHost: localhost")),
+        ("open", &open, format!("{post}a b")),
+        ("open", &open, format!("{post}rebound.example:9900")),
+        ("open", &open, format!("{post}localhost.rebound.example")),
+        ("open", &open, format!("{post}127.0.0.1.rebound.example")),
+        ("open", &open, format!("{post}rebound.example@127.0.0.1")),
+        ("open", &open, format!("{post}127.0.0.1:9900\nOrigin: http://127.0.0.1:8080")),
+        ("open", &open, format!("{post}127.0.0.1:9900\nOrigin: null")),
+        ("open", &open, "GET /config\nHost: localhost".to_owned()),
+        ("open", &open, "GET /config\nHost: rebound.example".to_owned()),
+        ("token", &token, format!("{post}localhost\n{right}")),
+        ("token", &token, format!("{post}localhost\nAuthorization: bearer  s3cret")),
+        ("token", &token, format!("{post}localhost")),
+        ("token", &token, format!("{post}localhost\nAuthorization: Bearer s3cre")),
+        ("token", &token, format!("{post}localhost\nAuthorization: Basic s3cret")),
+        ("token", &token, format!("{post}rebound.example\n{right}")),
+        ("token", &token, format!("POST /reload\nHost: localhost\n{right}")),
+        ("token", &token, "GET /config\nHost: localhost".to_owned()),
+        ("empty", &empty, format!("{post}localhost\nAuthorization: Bearer ")),
+        ("missing", &missing, format!("{post}localhost\n{right}")),
+        ("network", &network, "GET /config\nHost: lb.example".to_owned()),
+        ("network", &network, format!("GET /metrics\nHost: lb.example\n{right}")),
+        ("network", &network, "GET /readyz\nHost: lb.example".to_owned()),
+        ("careless", &careless, format!("{post}localhost")),
+        ("unix", &unix, format!("{post}whatever")),
+    ];
+    let mut outcome = String::new();
+    for (name, admin, request) in table {
+        let (status, body) = admin.ask(&request.replacen('\n', " HTTP/1.1\n", 1)).await;
+        let error = serde_json::from_str::<Value>(&body).unwrap_or_default();
+        let error = error["error"].as_str().unwrap_or_default();
+        // The played control thread refuses every second reload: asked it was all the same.
+        let answer = if status == 422 { "200".to_owned() } else { format!("{status} {error}") };
+        outcome.push_str(format!("{name}: {} -> {answer}", request.replace('\n', " | ")).trim_end());
+        outcome.push('\n');
+    }
+    insta::assert_snapshot!(outcome, @r#"
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1:9900 -> 200
+    open: POST /reload | X-Preface: 1 | Host: [::1]:9900 -> 200
+    open: POST /reload | X-Preface: 1 | Host: localhost -> 200
+    open: POST /reload | X-Preface: 1 | Host: LB.example:80 -> 200
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1:9900 | Origin: http://127.0.0.1:9900 -> 200
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1:9900 | Origin: https://127.0.0.1:9900 -> 200
+    open: POST /reload | Host: localhost -> 403 send the header X-Preface: 1 with calls that change something
+    open: POST /reload | Host: localhost | X-Preface: 2 -> 403 send the header X-Preface: 1 with calls that change something
+    open: POST /pools/ingress/disable | Host: localhost -> 403 send the header X-Preface: 1 with calls that change something
+    open: POST /pools/ingress/upstreams/a/disable | Host: localhost -> 403 send the header X-Preface: 1 with calls that change something
+    open: POST /reload | X-Preface: 1 -> 400 send exactly one Host header
+    open: POST /reload | X-Preface: 1 | Host: localhost | Host: localhost -> 400 send exactly one Host header
+    open: POST /reload | X-Preface: 1 | Host: a b -> 400 send a Host header of the form address:port
+    open: POST /reload | X-Preface: 1 | Host: rebound.example:9900 -> 403 the Host "rebound.example:9900" is not an IP address, localhost or a configured name; call it by its address
+    open: POST /reload | X-Preface: 1 | Host: localhost.rebound.example -> 403 the Host "localhost.rebound.example" is not an IP address, localhost or a configured name; call it by its address
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1.rebound.example -> 403 the Host "127.0.0.1.rebound.example" is not an IP address, localhost or a configured name; call it by its address
+    open: POST /reload | X-Preface: 1 | Host: rebound.example@127.0.0.1 -> 403 the Host "rebound.example@127.0.0.1" is not an IP address, localhost or a configured name; call it by its address
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1:9900 | Origin: http://127.0.0.1:8080 -> 403 a page of "http://127.0.0.1:8080" may not call this; use `preface` or curl
+    open: POST /reload | X-Preface: 1 | Host: 127.0.0.1:9900 | Origin: null -> 403 a page of "null" may not call this; use `preface` or curl
+    open: GET /config | Host: localhost -> 200
+    open: GET /config | Host: rebound.example -> 403 the Host "rebound.example" is not an IP address, localhost or a configured name; call it by its address
+    token: POST /reload | X-Preface: 1 | Host: localhost | Authorization: Bearer s3cret -> 200
+    token: POST /reload | X-Preface: 1 | Host: localhost | Authorization: bearer  s3cret -> 200
+    token: POST /reload | X-Preface: 1 | Host: localhost -> 401 send Authorization: Bearer and the token; `preface` takes it from --token-file or $PREFACE_TOKEN_FILE
+    token: POST /reload | X-Preface: 1 | Host: localhost | Authorization: Bearer s3cre -> 401 that is not the token in the file of [admin] token_file
+    token: POST /reload | X-Preface: 1 | Host: localhost | Authorization: Basic s3cret -> 401 send Authorization: Bearer and the token; `preface` takes it from --token-file or $PREFACE_TOKEN_FILE
+    token: POST /reload | X-Preface: 1 | Host: rebound.example | Authorization: Bearer s3cret -> 403 the Host "rebound.example" is not an IP address, localhost or a configured name; call it by its address
+    token: POST /reload | Host: localhost | Authorization: Bearer s3cret -> 403 send the header X-Preface: 1 with calls that change something
+    token: GET /config | Host: localhost -> 200
+    empty: POST /reload | X-Preface: 1 | Host: localhost | Authorization: Bearer  -> 403 the file of [admin] token_file cannot be used: it is empty; until it can, calls are refused
+    missing: POST /reload | X-Preface: 1 | Host: localhost | Authorization: Bearer s3cret -> 403 the file of [admin] token_file cannot be used: No such file or directory (os error 2); until it can, calls are refused
+    network: GET /config | Host: lb.example -> 401 send Authorization: Bearer and the token; `preface` takes it from --token-file or $PREFACE_TOKEN_FILE
+    network: GET /metrics | Host: lb.example | Authorization: Bearer s3cret -> 200
+    network: GET /readyz | Host: lb.example -> 503
+    careless: POST /reload | X-Preface: 1 | Host: localhost -> 403 the admin address can be reached from the network: set [admin] token_file
+    unix: POST /reload | X-Preface: 1 | Host: whatever -> 200
+    "#);
+    assert_eq!(unix.ask("POST /reload HTTP/1.1\nHost: whatever").await.0, 403, "X-Preface is needed there too");
+}
+
+#[tokio::test]
+async fn a_token_and_its_rotation_count_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("token");
+    std::fs::write(&path, "old").unwrap();
+    let admin = served("127.0.0.1:0", Access::default());
+    let old = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nAuthorization: Bearer old";
+    let new = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nAuthorization: Bearer new";
+    assert_eq!(admin.ask(new).await.0, 200, "no token is asked for");
+    admin.access.store(Arc::new(Access { token_file: Some(path.clone()), host_names: vec![] }));
+    assert_eq!((admin.ask(new).await.0, admin.ask(old).await.0), (401, 422));
+    std::fs::write(&path, "new").unwrap();
+    assert_eq!((admin.ask(new).await.0, admin.ask(old).await.0), (200, 401));
+}
+
+#[tokio::test]
+async fn probes_answer_while_the_control_thread_is_stuck() {
+    let (control, _commands_that_nobody_takes) = control::channel();
+    let admin = served_by(announce::parse("0.0.0.0:0").unwrap(), Access::default(), Scope::Probes, control);
+    let get = async |path: &str| admin.ask(&format!("GET {path} HTTP/1.1\nHost: pod.example")).await;
+    assert_eq!(get("/readyz").await, (503, "no configuration is loaded yet\n".to_owned()));
+    admin.probes.set_configured();
+    admin.probes.set_listening();
+    assert_eq!(get("/readyz").await, (200, "ok\n".to_owned()));
+    admin.probes.set_stopping();
+    assert_eq!(get("/readyz").await, (503, "stopping\n".to_owned()));
+    assert_eq!(get("/livez").await, (200, "ok\n".to_owned()));
+    for path in ["/config", "/status", "/"] {
+        assert_eq!(get(path).await.0, 404, "{path} isn't for the network");
+    }
+    assert_eq!(admin.ask("POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1").await.0, 404);
+    admin.stop().await;
+}
+
+#[tokio::test]
+async fn stuck_clients_make_room_for_new_ones_and_hold_up_nothing() {
+    let admin = served("127.0.0.1:0", Access::default());
+    let mut stuck = Vec::new();
+    for _ in 0..CONNECTIONS_MAX {
+        let mut stream = TcpStream::connect(admin.tcp()).await.unwrap();
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nX-Slow: ").await.unwrap();
+        stuck.push(stream);
+    }
+    assert_eq!(admin.ask("GET /livez HTTP/1.1\nHost: localhost").await.0, 200);
+    let mut nothing = [0; 1];
+    let closed = stuck[0].read(&mut nothing).await;
+    assert!(matches!(closed, Ok(0) | Err(_)), "the oldest made room: {closed:?}");
+    admin.stop().await;
+    let closed = stuck[1].read(&mut nothing).await;
+    assert!(matches!(closed, Ok(0) | Err(_)), "a stop closes the rest: {closed:?}");
+}
+
+#[tokio::test]
+async fn long_heads_and_bodies_are_refused_or_left_unread() {
+    let admin = served("127.0.0.1:0", Access::default());
+    let head = format!("GET /livez HTTP/1.1\nHost: localhost\nX-Long: {}", "x".repeat(HEAD_BYTES_MAX));
+    assert_eq!(admin.ask(&head).await.0, 431);
+    let body = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nContent-Length: 1000000000000";
+    assert_eq!(admin.ask(body).await.0, 200);
+}

@@ -1,0 +1,192 @@
+//! PURE. Addresses and networks as operators write them, and what to say where they are wrong.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+use super::error::Diagnostic;
+use super::file::{Section, Text, not_supported};
+use super::{AdminBind, Bind};
+
+/// `sockaddr_un` has 108 bytes, the last one a zero.
+const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// One element of `listeners.NAME.bind`.
+pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Diagnostic> {
+    if text.value.starts_with("unix:") || text.value.starts_with("fd:") {
+        return Err(not_supported(&text.span, &format!("bind = {:?}", text.value)));
+    }
+    if let Some(port) = text.value.strip_prefix(':').and_then(port) {
+        let address = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
+        return Ok(Bind { address, any: true, v6only: false });
+    }
+    let address = socket_address(text, "bind", "such as \":80\", \"192.0.2.1:80\" or \"[2001:db8::1]:80\"")?;
+    if address.ip().is_multicast() {
+        let message = format!("bind address {:?} is a multicast address", text.value);
+        return Err(Diagnostic::error(&text.span, message));
+    }
+    if let SocketAddr::V6(v6) = address
+        && v6.ip().is_unicast_link_local()
+        && v6.scope_id() == 0
+    {
+        let message = format!("link-local address {:?} needs the interface", text.value);
+        let help = "append its number: \"[fe80::1%2]:80\" for the one that `ip link` shows as 2";
+        return Err(Diagnostic::error(&text.span, message).help(help));
+    }
+    Ok(Bind { address, any: false, v6only: false })
+}
+
+/// `admin.bind`
+pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Diagnostic> {
+    let Some(path) = text.value.strip_prefix("unix:") else {
+        let address = socket_address(text, "bind", "such as \"127.0.0.1:9900\", or \"unix:/path\"")?;
+        return Ok(AdminBind::Tcp(address));
+    };
+    let problem = match path {
+        _ if !path.starts_with('/') => "the path of a UNIX socket must be absolute",
+        _ if path.ends_with('/') => "the path of a UNIX socket must name a file",
+        _ if path.len() > UNIX_PATH_BYTES_MAX => "the path of a UNIX socket must not be longer than 107 bytes",
+        _ if path.contains('\0') => "the path of a UNIX socket must not contain a zero byte",
+        _ => return Ok(AdminBind::Unix(PathBuf::from(path))),
+    };
+    Err(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\""))
+}
+
+/// The address of an upstream.
+pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Diagnostic> {
+    let value = text.value;
+    if value.starts_with("unix:") || value.starts_with("srv:") {
+        return Err(not_supported(&text.span, &format!("address {value:?}")));
+    }
+    let bare = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(value);
+    let (ip, port) = match bare.parse::<IpAddr>() {
+        Ok(ip) => (unmapped(text, ip)?, None),
+        Err(_) => {
+            let address = socket_address(text, "address", "such as \"10.0.0.30:80\" or \"[2001:db8::30]:80\"")?;
+            (address.ip(), Some(address.port()))
+        }
+    };
+    let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let problem = match ip {
+        _ if port == Some(0) => "has port 0",
+        _ if ip.is_unspecified() => "is no address that can be connected to",
+        _ if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) => "is a multicast or broadcast address",
+        _ if link_local => return Err(not_supported(&text.span, &format!("link-local address {value:?}"))),
+        _ => return Ok((ip, port)),
+    };
+    Err(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}")))
+}
+
+/// A network in CIDR form, or one address.
+pub(super) fn network(section: &Section<'_>, text: &Text<'_>) -> Option<IpNet> {
+    let parsed = text.value.parse::<IpNet>().ok().or_else(|| text.value.parse::<IpAddr>().ok().map(IpNet::from));
+    let Some(net) = parsed else {
+        let diagnostic = Diagnostic::error(&text.span, format!("{:?} is not a network", text.value));
+        section.note(
+            diagnostic
+                .help("write an address and its prefix length: \"10.0.0.0/8\", \"2001:db8::/32\", or one address"),
+        );
+        return None;
+    };
+    if let Err(diagnostic) = unmapped(text, net.addr()) {
+        section.note(diagnostic);
+        return None;
+    }
+    if net.trunc() != net {
+        let diagnostic = Diagnostic::warning(&text.span, format!("{:?} has bits beyond its prefix", text.value));
+        let help =
+            format!("it means {:?}; for the one address write {:?}", net.trunc().to_string(), net.addr().to_string());
+        section.note(diagnostic.help(help));
+    }
+    Some(net.trunc())
+}
+
+/// An address of this machine that connections can start from.
+pub(super) fn source(text: &Text<'_>) -> Result<IpAddr, Diagnostic> {
+    let Ok(ip) = text.value.parse::<IpAddr>() else {
+        let diagnostic = Diagnostic::error(&text.span, format!("{:?} is not an IP address", text.value));
+        return Err(diagnostic.help("source takes addresses of this machine, without a port"));
+    };
+    let ip = unmapped(text, ip)?;
+    let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    if ip.is_unspecified() || ip.is_multicast() || link_local {
+        let diagnostic = Diagnostic::error(&text.span, format!("connections cannot start from {:?}", text.value));
+        return Err(diagnostic.help("write an address of this machine, or leave source out"));
+    }
+    Ok(ip)
+}
+
+/// Whether a socket bound to `bind` takes connections to `address`.
+pub(super) fn covers(bind: &Bind, address: SocketAddr) -> bool {
+    let bound = bind.address.ip();
+    let any = match (bound, address.ip()) {
+        (IpAddr::V6(_), IpAddr::V4(_)) => bound.is_unspecified() && !bind.v6only,
+        (IpAddr::V4(_), IpAddr::V4(_)) | (IpAddr::V6(_), IpAddr::V6(_)) => bound.is_unspecified(),
+        (IpAddr::V4(_), IpAddr::V6(_)) => false,
+    };
+    bind.address.port() == address.port() && (any || bound == address.ip())
+}
+
+fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAddr, Diagnostic> {
+    let value = text.value;
+    if let Ok(address) = value.parse::<SocketAddr>() {
+        unmapped(text, address.ip())?;
+        return Ok(address);
+    }
+    let error = |message: String| Diagnostic::error(&text.span, message);
+    let (host, after) = value.rsplit_once(':').unwrap_or((value, ""));
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
+    let is_ip = bare.parse::<IpAddr>().is_ok();
+    Err(match () {
+        _ if value.contains("://") => {
+            error(format!("{value:?} is a URL")).help(format!("{key} takes an IP address and a port, {examples}"))
+        }
+        _ if value.parse::<IpAddr>().is_ok() => {
+            error(format!("{value:?} has no port")).help(match value.contains(':') {
+                true => format!("write \"[{value}]:80\" (an IPv6 address needs the brackets)"),
+                false => format!("write \"{value}:80\""),
+            })
+        }
+        _ if (is_ip || host.is_empty()) && digits(after) && port(after).is_none() => {
+            error(format!("port {after} is out of range")).label("a port is a number from 1 to 65535")
+        }
+        _ if is_ip && after.is_empty() => error(format!("{value:?} has no port")),
+        _ if digits(value) && port(value).is_some() => {
+            error(format!("{value:?} is not an address")).help(format!("write \":{value}\" for port {value}"))
+        }
+        _ if host == "*" && digits(after) => {
+            error(format!("{value:?} is not an address")).help(format!("for every address write \":{after}\""))
+        }
+        _ if is_name(host) && key == "address" => not_supported(&text.span, &format!("the name {value:?}"))
+            .help("write the IP address: \"10.0.0.30:80\"; names will be looked up in a later version"),
+        _ if is_name(host) => {
+            error(format!("{value:?} is a name")).help(format!("{key} takes an IP address, {examples}"))
+        }
+        _ => error(format!("{value:?} is not an address"))
+            .help(format!("{key} takes an IP address and a port, {examples}")),
+    })
+}
+
+/// A port without sign or spaces; 0 is one.
+fn port(text: &str) -> Option<u16> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+fn is_name(text: &str) -> bool {
+    let host = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    text.bytes().any(|b| b.is_ascii_alphabetic()) && text.bytes().all(host)
+}
+
+/// `::ffff:10.0.0.1` and `10.0.0.1` are one address; only one spelling is taken, so that equal means equal.
+fn unmapped(text: &Text<'_>, ip: IpAddr) -> Result<IpAddr, Diagnostic> {
+    match ip {
+        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
+            let v4 = ip.to_canonical();
+            let diagnostic = Diagnostic::error(&text.span, format!("{:?} is an IPv4 address in IPv6 form", text.value));
+            Err(diagnostic.help(format!("write {v4}")))
+        }
+        ip => Ok(ip),
+    }
+}

@@ -1,0 +1,166 @@
+//! PURE. `[pools.NAME.health_check]`: what is asked, how often, and behind which header.
+
+use super::error::Diagnostic;
+use super::file::Section;
+use super::pool::version;
+use super::{CheckCommand, CheckHeader, HealthCheck, Probe, Upstream, Version};
+
+/// Question or expected answer of a check.
+const PAYLOAD_BYTES_MAX: usize = 4_096;
+/// Request target or host.
+const TARGET_BYTES_MAX: usize = 2_048;
+/// Parts of `expect_status`.
+const STATUS_RANGES_MAX: usize = 64;
+
+/// Reads the table of a pool, if there is one.
+pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthCheck> {
+    let section = pool.table("health_check");
+    if !section.is_written() {
+        return None;
+    }
+    let port = section.integer("port").map(|port| u16::try_from(port).expect("limited to 16 bits"));
+    let check = HealthCheck {
+        probe: probe(&section),
+        interval: section.duration("interval"),
+        timeout: section.duration("timeout"),
+        healthy_threshold: section.count("healthy_threshold"),
+        unhealthy_threshold: section.count("unhealthy_threshold"),
+        port,
+        proxy_protocol: header(&section, port, upstreams),
+        proxy_command: match section.word("proxy_command") {
+            "proxy" => CheckCommand::Proxy,
+            "unknown" => CheckCommand::Unknown,
+            _ => CheckCommand::Local,
+        },
+    };
+    if check.timeout > check.interval {
+        let span = section.written("timeout").unwrap_or_else(|| section.span_of("interval"));
+        let (timeout, interval) =
+            (humantime::format_duration(check.timeout), humantime::format_duration(check.interval));
+        let diagnostic =
+            Diagnostic::warning(&span, format!("a check may take {timeout}, longer than its interval {interval}"));
+        section.note(diagnostic.help("checks of one upstream do not overlap: a slow one delays the next"));
+    }
+    check_command(&section, &check, upstreams);
+    Some(check)
+}
+
+fn probe(section: &Section<'_>) -> Probe {
+    let http = section.word("protocol") == "http";
+    let (own, other): (&[&str], &[&str]) = (&["send", "expect"], &["path", "host", "expect_status"]);
+    // A protocol that could not be read says nothing about which keys belong to it.
+    let known = section.written("protocol").is_none() || http || section.text_is("protocol", "tcp");
+    for key in if http { own } else { other } {
+        if let (Some(span), true) = (section.written(key), known) {
+            let (is, belongs) = if http { ("http", "tcp") } else { ("tcp", "http") };
+            let diagnostic = Diagnostic::error(&span, format!("{key:?} is for {belongs} checks, and this one is {is}"));
+            section.note(match http {
+                true => diagnostic.help("a check with protocol = \"http\" has path, host and expect_status"),
+                false => diagnostic.help("write protocol = \"http\", or use send and expect"),
+            });
+        }
+    }
+    let path = target(section, "path").unwrap_or_else(|| "/".to_owned());
+    let host = target(section, "host");
+    let expect_status = statuses(section);
+    let (send, expect) = (payload(section, "send"), payload(section, "expect"));
+    match http {
+        true => Probe::Http { path, host, expect_status },
+        false => Probe::Tcp { send, expect },
+    }
+}
+
+fn target(section: &Section<'_>, key: &str) -> Option<String> {
+    let text = section.text(key)?;
+    let problem = match text.value {
+        value if value.len() > TARGET_BYTES_MAX => format!("must not be longer than {TARGET_BYTES_MAX} bytes"),
+        value if !value.bytes().all(|b| b.is_ascii_graphic()) => {
+            "must not contain spaces, control characters or anything beyond ASCII".to_owned()
+        }
+        value if key == "path" && !value.starts_with('/') => "must begin with \"/\"".to_owned(),
+        value if key == "path" && value.contains('#') => "must not contain \"#\": a fragment is never sent".to_owned(),
+        value if key == "host" && (value.is_empty() || value.contains(['/', '@', '?', '#'])) => {
+            "must be a host name, with a port where it needs one".to_owned()
+        }
+        value => return Some(value.to_owned()),
+    };
+    section.note(Diagnostic::error(&text.span, format!("{key:?} {problem}")));
+    None
+}
+
+fn payload(section: &Section<'_>, key: &str) -> Vec<u8> {
+    let Some(text) = section.text(key) else { return Vec::new() };
+    if !(1..=PAYLOAD_BYTES_MAX).contains(&text.value.len()) {
+        let diagnostic = Diagnostic::error(&text.span, format!("{key:?} must have 1 to {PAYLOAD_BYTES_MAX} bytes"));
+        section.note(diagnostic.label(format!("{} bytes", text.value.len())));
+        return Vec::new();
+    }
+    text.value.as_bytes().to_vec()
+}
+
+fn statuses(section: &Section<'_>) -> Vec<(u16, u16)> {
+    let text = section.text("expect_status").expect("it has a default");
+    let code = |text: &str| text.trim().parse::<u16>().ok().filter(|code| (100..=599).contains(code));
+    let range = |part: &str| {
+        let (low, high) = part.split_once('-').unwrap_or((part, part));
+        Some((code(low)?, code(high)?)).filter(|(low, high)| low <= high)
+    };
+    let ranges: Vec<_> = text.value.split(',').map(range).collect();
+    match ranges.iter().copied().collect::<Option<Vec<_>>>() {
+        Some(ranges) if ranges.len() <= STATUS_RANGES_MAX => ranges,
+        _ => {
+            let diagnostic = Diagnostic::error(&text.span, "\"expect_status\" must be status codes from 100 to 599");
+            section.note(diagnostic.help("codes and ranges: \"200\", \"200-399\", \"200,204,301-302\""));
+            Vec::new()
+        }
+    }
+}
+
+/// On the traffic port a check speaks as the traffic does; on another port, where something else listens, plainly.
+fn header(section: &Section<'_>, port: Option<u16>, upstreams: &[Upstream]) -> CheckHeader {
+    let other_port = port.is_some_and(|port| upstreams.iter().any(|upstream| upstream.port != Some(port)));
+    let traffic_has_header = upstreams.iter().any(|upstream| upstream.proxy_protocol.is_some());
+    let span = section.span_of("proxy_protocol");
+    match section.word("proxy_protocol") {
+        "" if other_port => CheckHeader::Off,
+        "" => CheckHeader::Same,
+        "same" => {
+            if other_port && traffic_has_header {
+                let diagnostic = Diagnostic::warning(&span, "this check sends the traffic's header to another port");
+                let diagnostic = diagnostic.also(&section.span_of("port"), "not the traffic's port");
+                section.note(diagnostic.label("is a header expected there?").help(
+                    "most health ports expect none: leave \"proxy_protocol\" out, which means \"off\" on another port; or write \"v1\" or \"v2\" to be explicit",
+                ));
+            }
+            CheckHeader::Same
+        }
+        "off" => {
+            if !other_port && traffic_has_header {
+                let diagnostic = Diagnostic::warning(&span, "this check sends no header to a port that expects one");
+                section.note(diagnostic.help(
+                    "an upstream that expects a header logs each such check as broken, or fails it: leave \"proxy_protocol\" out",
+                ));
+            }
+            CheckHeader::Off
+        }
+        word => version(word).map_or(CheckHeader::Off, CheckHeader::Version),
+    }
+}
+
+fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
+    let Some(span) = section.written("proxy_command") else { return };
+    let sends = |version: Version| match check.proxy_protocol {
+        CheckHeader::Off => false,
+        CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(version)),
+        CheckHeader::Version(own) => own == version,
+    };
+    let (v1, v2) = (sends(Version::V1), sends(Version::V2));
+    if check.proxy_command == CheckCommand::Unknown && v2 && !v1 {
+        let diagnostic = Diagnostic::error(&span, "\"unknown\" is a word of v1, and these checks send v2");
+        section.note(diagnostic.help("write \"local\": it says the same in v2, that the check speaks for itself"));
+    } else if !v1 && !v2 && !upstreams.is_empty() {
+        section.note(
+            Diagnostic::warning(&span, "\"proxy_command\" has no effect: these checks send no header").if_whole(),
+        );
+    }
+}

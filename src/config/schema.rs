@@ -1,0 +1,1 @@
+//! PURE. The JSON Schema of the configuration.

@@ -1,0 +1,209 @@
+//! The sockets of health checks: a connect that can leave no trace at the upstream, and which errors are ours alone.
+
+use std::io;
+use std::mem::{self, MaybeUninit};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use tokio::net::TcpStream;
+
+/// How a connect that has nothing to send was ended.
+#[derive(Debug)]
+pub enum Touch {
+    /// Reset before the kernel acknowledged the upstream's SYN-ACK: the upstream's `accept` never returns it.
+    NoTrace,
+    /// The acknowledgement had gone out already, so the upstream accepts it: the caller must close with FIN.
+    Seen(TcpStream),
+}
+
+/// Connects from `source`, or from the kernel's choice. Cancel it by dropping the future.
+pub async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
+    established(begin(to, source, Acknowledge::AtOnce)?).await
+}
+
+/// Connects and, where the kernel has not acknowledged yet, resets: the upstream's kernel answered, its program never
+/// hears of it.
+///
+/// With quick acknowledgement off the kernel delays the last ACK of the handshake by up to 200 ms, in the hope that
+/// data goes with it. A reset until then meets a half-open connection. Whether the ACK is still held back is not
+/// guessed from the time that passed but read from the socket: it has sent nothing but its SYNs.
+/// No `await` stands between seeing the socket writable and closing it.
+pub async fn touch(to: SocketAddr, source: Option<IpAddr>) -> io::Result<Touch> {
+    let stream = established(begin(to, source, Acknowledge::WithData)?).await?;
+    if has_acknowledged(&stream)? {
+        return Ok(Touch::Seen(stream));
+    }
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+    drop(stream);
+    Ok(Touch::NoTrace)
+}
+
+/// Queues bytes that leave together with the next ones written, in one segment.
+pub fn send_with_next(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    let sent = SockRef::from(stream).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)?;
+    if sent < bytes.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    Ok(())
+}
+
+/// Is it this machine that lacks something (a local port or address, a descriptor, a buffer, an epoll watch), so that
+/// the error says nothing about the upstream?
+pub fn is_local(error: &io::Error) -> bool {
+    const OURS: [i32; 7] =
+        [libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EAGAIN, libc::ENOSPC];
+    error.raw_os_error().is_some_and(|code| OURS.contains(&code))
+}
+
+/// When the last ACK of the handshake is sent.
+#[derive(Clone, Copy, PartialEq)]
+enum Acknowledge {
+    AtOnce,
+    WithData,
+}
+
+/// A socket whose connect is under way, or has already succeeded or failed.
+fn begin(to: SocketAddr, source: Option<IpAddr>, acknowledge: Acknowledge) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if acknowledge == Acknowledge::WithData {
+        socket.set_tcp_quickack(false)?;
+    }
+    if let Some(source) = source {
+        choose_port_at_connect(&socket)?;
+        socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
+    }
+    match socket.connect(&SockAddr::from(to)) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => TcpStream::from_std(socket.into()),
+    }
+}
+
+async fn established(stream: TcpStream) -> io::Result<TcpStream> {
+    stream.writable().await?;
+    match stream.take_error()? {
+        Some(error) => Err(error),
+        None => Ok(stream),
+    }
+}
+
+/// IP_BIND_ADDRESS_NO_PORT: a bound address then does not cost one of the machine's ports for every destination.
+fn choose_port_at_connect(socket: &Socket) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open while `socket` is borrowed; the pointer and the length describe `on`, which the
+    // kernel only reads.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            mem::size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has this socket, just connected, sent anything but SYNs? Where the kernel cannot say: yes.
+fn has_acknowledged(stream: &TcpStream) -> io::Result<bool> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = mem::size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while `stream` is borrowed; the kernel writes at most `length` bytes to `info`,
+    // which is that large.
+    let result = unsafe {
+        libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut length)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `tcp_info` is made of integers only, and was zeroed: every bit pattern is a value, also where an older
+    // kernel wrote less than the whole.
+    let info = unsafe { info.assume_init() };
+    // 0 segments: a kernel before 4.2, or another one than Linux; a SYN was certainly sent.
+    Ok(info.tcpi_segs_out != 1 + info.tcpi_total_retrans)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    fn listening(address: &str) -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind(address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address)
+    }
+
+    fn assert_nothing_to_accept(listener: &TcpListener) {
+        assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[tokio::test]
+    async fn a_touch_is_never_accepted() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let (listener, address) = listening(address);
+            for _ in 0..100 {
+                assert!(matches!(touch(address, None).await.unwrap(), Touch::NoTrace));
+                assert_nothing_to_accept(&listener);
+            }
+            // The proof that this listener does accept, and that nothing older was in its queue.
+            let client = std::net::TcpStream::connect(address).unwrap();
+            let (_, peer) = listener.accept().unwrap();
+            assert_eq!(peer, client.local_addr().unwrap());
+            assert_nothing_to_accept(&listener);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_acknowledged_connect_is_told_from_one_that_is_not() {
+        let (_listener, address) = listening("127.0.0.1:0");
+        let quiet = established(begin(address, None, Acknowledge::WithData).unwrap()).await.unwrap();
+        assert!(!has_acknowledged(&quiet).unwrap());
+        let ordinary = established(begin(address, None, Acknowledge::AtOnce).unwrap()).await.unwrap();
+        assert!(has_acknowledged(&ordinary).unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_repeated_syn_is_not_taken_for_an_acknowledgement() {
+        // A full accept queue: the kernel drops the first SYN, and there is room when it comes again after a second.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.listen(0).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        let _queued = std::net::TcpStream::connect(address).unwrap();
+        let stream = begin(address, None, Acknowledge::WithData).unwrap();
+        let listener = TcpListener::from(socket);
+        listener.accept().unwrap();
+        let stream = established(stream).await.unwrap();
+        assert!(!has_acknowledged(&stream).unwrap());
+    }
+
+    #[tokio::test]
+    async fn connects_from_the_source_address() {
+        for (listen, source) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
+            let (listener, address) = listening(listen);
+            let stream = connect(address, Some(source.parse().unwrap())).await.unwrap();
+            let (_, peer) = listener.accept().unwrap();
+            assert_eq!(peer, stream.local_addr().unwrap());
+            assert_eq!(peer.ip(), source.parse::<IpAddr>().unwrap());
+            assert!(matches!(touch(address, Some(source.parse().unwrap())).await.unwrap(), Touch::NoTrace));
+            assert_nothing_to_accept(&listener);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_the_upstreams_and_a_missing_address_is_ours() {
+        let (listener, address) = listening("127.0.0.1:0");
+        drop(listener);
+        let refused = touch(address, None).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(!is_local(&refused));
+        // TEST-NET-2 is on no machine.
+        let unknown = touch(address, Some("198.51.100.1".parse().unwrap())).await.unwrap_err();
+        assert!(is_local(&unknown), "{unknown}");
+        assert!(!is_local(&io::ErrorKind::ConnectionRefused.into()));
+    }
+}

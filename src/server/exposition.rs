@@ -1,0 +1,169 @@
+//! The metrics: what the control thread and the lives know, as Prometheus families.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::SystemTime;
+
+use crate::metrics::Families;
+use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey};
+use crate::server::state::State;
+use crate::snapshot::ListenerLife;
+use crate::termination::Termination;
+
+/// An upstream with the labels of its samples.
+struct Labelled<'a> {
+    pool: &'a str,
+    address: String,
+    upstream: &'a Upstream,
+    key: UpstreamKey,
+}
+
+impl State {
+    /// The text of `/metrics`.
+    pub fn exposition(&self) -> String {
+        let mut families = Families::new();
+        self.process_families(&mut families);
+        self.listener_families(&mut families);
+        let snapshot = self.snapshot.load();
+        let mut upstreams: BTreeMap<(&str, SocketAddr), (&Arc<Pool>, &Upstream)> = BTreeMap::new();
+        for pool in snapshot.pools.values() {
+            for upstream in &pool.upstreams {
+                upstreams.insert((&pool.name, upstream.life.address), (pool, upstream));
+            }
+        }
+        let upstreams: Vec<Labelled> = upstreams
+            .into_iter()
+            .map(|((pool, address), (_, upstream))| Labelled {
+                pool,
+                address: address.to_string(),
+                upstream,
+                key: UpstreamKey { pool: pool.to_owned(), address },
+            })
+            .collect();
+        self.upstream_families(&mut families, &upstreams);
+        self.check_families(&mut families, &upstreams);
+        families.into_text()
+    }
+
+    fn process_families(&self, families: &mut Families) {
+        let started = self.started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        families
+            .gauge("preface_build_info", "Always 1; the version is in the label.")
+            .sample(&[("version", env!("CARGO_PKG_VERSION"))], 1_u64);
+        families
+            .gauge("preface_start_time_seconds", "When the process started, in seconds since 1970.")
+            .sample(&[], started);
+        families
+            .gauge("preface_connections_open", "Client connections open now.")
+            .sample(&[], self.open.count() as u64);
+        families
+            .gauge("preface_connections_max", "Client connections that may be open at once.")
+            .sample(&[], self.inputs.connections_max as u64);
+        let mut reloads = families.counter("preface_reloads_total", "Reloads by their outcome.");
+        for (outcome, count) in ["applied", "unchanged", "refused"].iter().zip(self.reloads) {
+            reloads.sample(&[("outcome", outcome)], count);
+        }
+        let refused = self.reports.front().is_some_and(|report| !report.errors.is_empty());
+        families
+            .gauge("preface_config_last_reload_successful", "0 while the last reload was refused: the file is wrong.")
+            .sample(&[], u64::from(!refused));
+        families
+            .counter("preface_log_lines_dropped_total", "Log lines dropped because standard output was not read.")
+            .sample(&[], self.log.dropped());
+        families
+            .counter("preface_worker_unresponsive_total", "Times that a worker did not answer within 200 ms.")
+            .sample(&[], self.unresponsive);
+    }
+
+    fn listener_families(&self, families: &mut Families) {
+        let lives: BTreeMap<&String, &Arc<ListenerLife>> = self.inputs.listener_lives.iter().collect();
+        let mut open = families.gauge("preface_listener_connections_open", "Connections open now, by listener.");
+        for (name, life) in &lives {
+            open.sample(&[("listener", name)], u64::from(life.open.load(Relaxed)));
+        }
+        let mut accepted =
+            families.counter("preface_connections_accepted_total", "Connections accepted, refused ones included.");
+        for (name, life) in &lives {
+            accepted.sample(&[("listener", name)], life.accepted.load(Relaxed));
+        }
+        let mut ended =
+            families.counter("preface_connections_ended_total", "Connections ended, by who, phase and why.");
+        for (name, life) in &lives {
+            for termination in Termination::ALL {
+                let count = life.ends[*termination as usize].load(Relaxed);
+                if count > 0 {
+                    let (who, phase) = (termination.who().as_str(), termination.phase().as_str());
+                    let labels =
+                        [("listener", name.as_str()), ("who", who), ("phase", phase), ("why", termination.why())];
+                    ended.sample(&labels, count);
+                }
+            }
+        }
+        let mut bytes = families
+            .counter("preface_bytes_total", "Payload bytes: in from clients, out to clients; headers not counted.");
+        for (name, life) in &lives {
+            bytes.sample(&[("listener", name), ("direction", "in")], life.bytes_in.load(Relaxed));
+            bytes.sample(&[("listener", name), ("direction", "out")], life.bytes_out.load(Relaxed));
+        }
+        let mut headers = families.counter("preface_headers_sent_total", "PROXY headers sent, by version.");
+        for (name, life) in &lives {
+            for (version, count) in ["v1", "v2"].iter().zip(&life.headers) {
+                headers.sample(&[("listener", name), ("version", version)], count.load(Relaxed));
+            }
+        }
+    }
+
+    fn upstream_families(&self, families: &mut Families, upstreams: &[Labelled]) {
+        let mut open = families.gauge("preface_upstream_connections_open", "Connections open now, by upstream.");
+        for Labelled { pool, address, upstream, .. } in upstreams {
+            open.sample(&[("pool", pool), ("upstream", address)], u64::from(upstream.life.open()));
+        }
+        let mut counter = |name, help, value: fn(&Upstream) -> &AtomicU64| {
+            let mut family = families.counter(name, help);
+            for Labelled { pool, address, upstream, .. } in upstreams {
+                family.sample(&[("pool", pool), ("upstream", address)], value(upstream).load(Relaxed));
+            }
+        };
+        counter("preface_upstream_connections_total", "Connections established.", |up| &up.life.counters.connections);
+        counter("preface_upstream_connect_failures_total", "Connects that failed.", |up| {
+            &up.life.counters.connect_failures
+        });
+        counter("preface_upstream_bytes_in_total", "Payload bytes sent to the upstream.", |up| {
+            &up.life.counters.bytes_in
+        });
+        counter("preface_upstream_bytes_out_total", "Payload bytes from the upstream.", |up| {
+            &up.life.counters.bytes_out
+        });
+        let mut health =
+            families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");
+        for Labelled { pool, address, upstream, .. } in upstreams {
+            for value in [Health::Unknown, Health::Healthy, Health::Unhealthy] {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("health", value.as_str())];
+                health.sample(&labels, u64::from(upstream.candidate.health == value));
+            }
+        }
+        let mut admin =
+            families.gauge("preface_upstream_admin", "1 for the state that the operator ordered, 0 for the others.");
+        for Labelled { pool, address, upstream, .. } in upstreams {
+            for value in [AdminState::Enabled, AdminState::Draining, AdminState::Disabled] {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("admin", value.as_str())];
+                admin.sample(&labels, u64::from(upstream.candidate.admin == value));
+            }
+        }
+    }
+
+    fn check_families(&self, families: &mut Families, upstreams: &[Labelled]) {
+        let mut checks =
+            families.counter("preface_health_checks_total", "Health checks by result; void ones say nothing.");
+        for Labelled { pool, address, key, .. } in upstreams {
+            let Some(checker) = self.checkers.get(key) else { continue };
+            let stats = checker.stats();
+            for (result, count) in [("passed", stats.passed()), ("failed", stats.failed()), ("void", stats.void())] {
+                checks.sample(&[("pool", pool), ("upstream", address), ("result", result)], count);
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use socket2::Socket;
+
+use crate::admin::guard::Access;
+use crate::config::error::Style;
+use crate::config::{self, Config, Parsed, diff};
+use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
+use crate::net::listen::{self, BindOptions};
+use crate::pool::UpstreamKey;
+use crate::server::state::{Deadline, State, renamed_pools, upstream_keys};
+use crate::snapshot::{self, SocketKey};
+use crate::worker::Message;
+
+/// Reads a configuration out of the bytes of its file.
+pub fn parse(path: &Path, content: &[u8]) -> Result<(Parsed, String), Vec<String>> {
+    let name = path.display().to_string();
+    let text = std::str::from_utf8(content).map_err(|error| {
+        vec![format!("error: {name}: not UTF-8 after byte {}; save the file as UTF-8", error.valid_up_to())]
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    match config::parse(&name, text) {
+        Ok(parsed) => Ok((parsed, text.to_owned())),
+        Err(errors) => Err(errors.render(Style::Plain)),
+    }
+}
+
+/// An address that a reload has bound and nobody can connect to yet.
+struct Bound {
+    key: SocketKey,
+    sockets: Vec<Socket>,
+}
+
+impl State {
+    /// Loads this content in place of what runs, and reports what came of it.
+    pub async fn reload(&mut self, trigger: ReloadTrigger, content: Result<Vec<u8>, String>) -> Arc<ReloadReport> {
+        let begun = Instant::now();
+        let mut report = ReloadReport {
+            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            trigger: trigger.as_str(),
+            outcome: ReloadOutcome::Refused,
+            changes: Vec::new(),
+            errors: Vec::new(),
+            warnings: Vec::new(),
+            duration_ms: 0.0,
+        };
+        let parsed = content.map_err(|error| vec![error]).and_then(|content| parse(&self.path, &content));
+        match parsed {
+            Err(errors) => report.errors = errors,
+            Ok((parsed, text)) => {
+                report.warnings = parsed.warnings.render(Style::Plain);
+                let new = diff::reuse(&self.config, parsed.config);
+                report.changes = diff::diff(&self.config, &new);
+                match self.apply(new).await {
+                    Err(errors) => {
+                        report.changes.clear();
+                        report.errors = errors;
+                    }
+                    Ok(()) => {
+                        report.outcome =
+                            if report.changes.is_empty() { ReloadOutcome::Unchanged } else { ReloadOutcome::Applied };
+                        self.text = text;
+                        self.warnings = report.warnings.clone();
+                    }
+                }
+            }
+        }
+        report.duration_ms = begun.elapsed().as_secs_f64() * 1000.0;
+        log_report(&report);
+        let report = Arc::new(report);
+        self.remember(Arc::clone(&report));
+        report
+    }
+
+    /// Puts a configuration in force, or says why it can't be; then nothing has changed.
+    pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
+        let bound = self.bind(&new)?;
+        let old = std::mem::replace(&mut self.config, new);
+        self.inputs.connections_max = self.connections_max();
+        for bound in &bound {
+            self.inputs.slots.insert(bound.key, self.next_slot);
+            self.next_slot += 1;
+        }
+        self.carry_over(&old);
+        let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
+        let mut gone: Vec<usize> = Vec::new();
+        self.inputs.slots.retain(|key, slot| {
+            let stays = wanted.contains(key);
+            if !stays {
+                gone.push(*slot);
+            }
+            stays
+        });
+        let token_file = self.config.admin.token_file.clone();
+        self.access.store(Arc::new(Access { token_file, host_names: Vec::new() }));
+        self.check_what_is_configured();
+        let touched = std::mem::take(&mut self.touched);
+        let before = self.snapshot.load_full();
+        let next = snapshot::build(&before, &self.config, &mut self.inputs, Some(&touched), Instant::now());
+        self.snapshot.store(Arc::new(next));
+        self.listen(bound).await;
+        self.close(&gone).await;
+        self.update_keepalive(&before).await;
+        if let Err(error) = self.log.set_level(&self.config.log.level) {
+            tracing::warn!(event = "log", reason = %error);
+        }
+        self.log.set_format(self.config.log.format);
+        Ok(())
+    }
+
+    /// The limit for all listeners together.
+    fn connections_max(&self) -> usize {
+        match self.config.runtime.max_connections {
+            0 => {
+                let reserved = 64 + 16 * self.workers.len() + self.config.listeners.len();
+                (self.descriptors.saturating_sub(reserved) / 2).max(1)
+            }
+            limit => limit,
+        }
+    }
+
+    fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
+        let mut keys = BTreeMap::new();
+        for listener in config.listeners.values() {
+            for bind in &listener.binds {
+                keys.insert(snapshot::socket_key(bind, self.inputs.has_ipv6), listener.name.clone());
+            }
+        }
+        keys
+    }
+
+    /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
+    fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
+        let mut bound = Vec::new();
+        let mut errors = Vec::new();
+        let mut own: BTreeSet<SocketAddr> = self.inputs.slots.keys().map(|(address, _)| *address).collect();
+        for (key, name) in self.socket_keys(new) {
+            if self.inputs.slots.contains_key(&key) {
+                continue;
+            }
+            let keepalive = new.listeners[&name].keepalive;
+            let options = BindOptions { address: key.0, v6only: key.1, keepalive };
+            // Only our own wildcard may share a port with our own address: the probe would see ourselves.
+            let shares = own.iter().any(|other| {
+                other.port() == key.0.port()
+                    && (other.ip().is_unspecified() || key.0.ip().is_unspecified() || *other == key.0)
+            });
+            let probed = if shares { Ok(()) } else { listen::probe(&options) };
+            match probed.and_then(|()| listen::bind(&options, self.workers.len())) {
+                Ok(sockets) => {
+                    own.insert(key.0);
+                    bound.push(Bound { key, sockets });
+                }
+                Err(error) => errors.push(bind_error(&name, key.0, &error)),
+            }
+        }
+        if errors.is_empty() { Ok(bound) } else { Err(errors) }
+    }
+
+    /// Moves what outlives a reload to its new names, and sees to what left and what joined.
+    fn carry_over(&mut self, old: &Config) {
+        let renamed = renamed_pools(old, &self.config);
+        let old_keys: BTreeSet<UpstreamKey> = upstream_keys(old).into_iter().collect();
+        let new_keys: BTreeSet<UpstreamKey> = upstream_keys(&self.config).into_iter().collect();
+        let mut inherited = HashSet::new();
+        for (new_name, old_name) in &renamed {
+            for key in new_keys.iter().filter(|key| key.pool == *new_name) {
+                let before = UpstreamKey { pool: old_name.clone(), address: key.address };
+                inherited.insert(before.clone());
+                let inputs = &mut self.inputs;
+                inputs.lives.remove(&before).map(|life| inputs.lives.insert(key.clone(), life));
+                inputs.health.remove(&before).map(|health| inputs.health.insert(key.clone(), health));
+                inputs.admin.remove(&before).map(|admin| inputs.admin.insert(key.clone(), admin));
+            }
+        }
+        let now = Instant::now();
+        for key in old_keys.difference(&new_keys).filter(|key| !inherited.contains(*key)) {
+            self.joined.remove(key);
+            self.inputs.health.remove(key);
+            self.inputs.admin.remove(key);
+            if let Some(life) = self.inputs.lives.remove(key)
+                && let Some(pool) = old.pools.get(&key.pool)
+            {
+                self.inputs.leaving.insert(key.clone(), Arc::clone(&life));
+                self.deadlines.push((now + pool.drain_timeout, Deadline::DrainOver { life, order: None }));
+            }
+        }
+        for key in new_keys.difference(&old_keys) {
+            // It was removed and comes back in time: the same life, and its connections stay.
+            if let Some(life) = self.inputs.leaving.remove(key) {
+                self.deadlines.retain(|(_, deadline)| !deadline.is_removal_of(&life));
+                self.inputs.lives.entry(key.clone()).or_insert(life);
+            }
+            // At the start of the process, and in a new pool, everyone joins: there is nobody to spare.
+            let joins = old.pools.contains_key(&key.pool);
+            let pool = Arc::clone(&self.config.pools[&key.pool]);
+            match (&pool.health_check, joins) {
+                (Some(_), true) => drop(self.joined.insert(key.clone())),
+                (None, true) if !pool.slow_start.is_zero() => self.start_slowly(key.clone(), pool.slow_start, now),
+                _ => {}
+            }
+        }
+        self.drop_health_of_other_checks(old);
+        self.inputs.turns.retain(|(name, _), _| self.config.pools.contains_key(name));
+        self.inputs.listener_lives.retain(|name, _| self.config.listeners.contains_key(name));
+    }
+
+    /// A pool that is checked from now on starts as unknown; one that isn't any more is healthy.
+    fn drop_health_of_other_checks(&mut self, old: &Config) {
+        for (name, pool) in &self.config.pools {
+            let checked_before = old.pools.get(name).map(|pool| pool.health_check.is_some());
+            if checked_before.is_some_and(|before| before != pool.health_check.is_some()) {
+                self.inputs.health.retain(|key, _| key.pool != *name);
+            }
+        }
+    }
+
+    async fn listen(&mut self, bound: Vec<Bound>) {
+        let snapshot = self.snapshot.load_full();
+        for Bound { key, sockets } in bound {
+            let slot = self.inputs.slots[&key];
+            let Some(listener) = snapshot.slots.get(&slot) else { continue };
+            for (worker, socket) in self.workers.iter().zip(sockets) {
+                if let Err(error) = listen::listen(&socket) {
+                    tracing::error!(event = "listen", listener = &*listener.life.name, address = %key.0, reason = %error);
+                    continue;
+                }
+                let listener = Arc::clone(listener);
+                worker.send(Message::Listen { socket, bound: key.0, slot, listener }).await;
+            }
+        }
+    }
+
+    async fn close(&self, gone: &[usize]) {
+        for slot in gone {
+            for worker in &self.workers {
+                worker.send(Message::Unlisten { slot: *slot }).await;
+            }
+        }
+    }
+
+    async fn update_keepalive(&self, before: &snapshot::Snapshot) {
+        for (slot, listener) in &self.snapshot.load().slots {
+            let keepalive: Option<Duration> = listener.config.keepalive;
+            if before.slots.get(slot).is_some_and(|before| before.config.keepalive != keepalive) {
+                for worker in &self.workers {
+                    worker.send(Message::Keepalive { slot: *slot, keepalive }).await;
+                }
+            }
+        }
+    }
+}
+
+fn bind_error(name: &str, address: SocketAddr, error: &std::io::Error) -> String {
+    let port = address.port();
+    let next = match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{port}'"),
+        std::io::ErrorKind::PermissionDenied => {
+            format!("ports below 1024 need CAP_NET_BIND_SERVICE, or net.ipv4.ip_unprivileged_port_start <= {port}")
+        }
+        std::io::ErrorKind::AddrNotAvailable => {
+            "no interface of this machine has that address: see `ip address`".to_owned()
+        }
+        _ => "see the system's message".to_owned(),
+    };
+    format!("error: listener {name:?} cannot bind {address}: {error}; {next}")
+}
+
+fn log_report(report: &ReloadReport) {
+    match report.outcome {
+        ReloadOutcome::Refused => tracing::error!(
+            event = "reload",
+            trigger = report.trigger,
+            outcome = "refused",
+            errors = report.errors.join("\n"),
+            "the configuration stays as it was"
+        ),
+        ReloadOutcome::Unchanged => {
+            tracing::info!(event = "reload", trigger = report.trigger, outcome = "unchanged");
+        }
+        ReloadOutcome::Applied => tracing::info!(
+            event = "reload",
+            trigger = report.trigger,
+            outcome = "applied",
+            duration_ms = format!("{:.1}", report.duration_ms),
+            changes = report.changes.join("; ")
+        ),
+    }
+    for warning in &report.warnings {
+        tracing::warn!(event = "config", warning);
+    }
+}
