@@ -71,7 +71,7 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
 
 async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Arc<Listener>) -> io::Result<()> {
     let mut accepted = std::future::poll_fn(|cx| acceptor.listening.poll_accept(cx)).await?;
-    for _ in 0..ACCEPTS_PER_TURN {
+    for accepted_in_turn in 1.. {
         // An address that just left the configuration is served as it last was until it is closed.
         shared.with_snapshot(|snapshot| {
             if let Some(current) = snapshot.slots.get(&acceptor.slot)
@@ -81,6 +81,10 @@ async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Ar
             }
         });
         admit(shared, accepted, acceptor.bound, listener);
+        // Before the next one is taken: a connection that was accepted and not admitted would be lost.
+        if accepted_in_turn == ACCEPTS_PER_TURN {
+            break;
+        }
         let next = std::future::poll_fn(|cx| match acceptor.listening.poll_accept(cx) {
             std::task::Poll::Ready(next) => std::task::Poll::Ready(Some(next)),
             std::task::Poll::Pending => std::task::Poll::Ready(None),

@@ -2,12 +2,14 @@
 
 mod balancer;
 pub mod client;
+#[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
+pub mod configmap;
 pub mod http;
 pub mod netns;
 pub mod peers;
 pub mod ports;
 mod process;
-mod receiver;
+pub mod receiver;
 
 use std::fs::OpenOptions;
 use std::io::Write;

@@ -76,7 +76,8 @@ impl Nginx {
 
     /// Requests that the server without headers has logged.
     pub fn plain_requests(&self) -> Vec<String> {
-        self.lines("plain.log")
+        // The first one was the question whether it listens.
+        self.lines("plain.log").split_off(1)
     }
 
     /// Everything in the error log that is worse than a notice.
@@ -102,6 +103,14 @@ impl Nginx {
         // Only whole lines: nginx may be writing the last one.
         let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         String::from_utf8_lossy(&text[..whole]).lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- nginx, errors\n{}", self.errors().join("\n"));
+        }
     }
 }
 
