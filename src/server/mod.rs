@@ -229,7 +229,7 @@ async fn run_until_stopped(
                 state.stopping = true;
                 state.probes.set_stopping();
                 let delay = state.config.runtime.stop_delay;
-                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = ?delay, "stopping");
+                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = %humantime::format_duration(delay), "stopping");
                 stopping = Stopping::Delay(Instant::now() + delay);
             }
             () = at(stop_at) => match stopping {
