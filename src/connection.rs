@@ -191,7 +191,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// Counts the connection as open. `open` is its place among the process's, `in_source` among its source's.
+    /// Takes over what the connection counts as: one among the listener's, `open` among the process's, and with
+    /// `in_source` one among its source's. All are given back at its end.
     pub fn new(
         shared: &Rc<Shared>,
         listener: &Arc<ListenerLife>,
@@ -199,7 +200,6 @@ impl Record {
         open: Option<OpenConnection>,
         in_source: bool,
     ) -> Record {
-        listener.open.fetch_add(1, Ordering::Relaxed);
         let entry = Rc::new(Entry {
             listener: Arc::clone(listener),
             upstream: RefCell::default(),

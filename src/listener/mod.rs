@@ -104,13 +104,14 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, bound: SocketAddr, listener: &
     let (life, config) = (&listener.life, &listener.config);
     let client = accepted.client;
     life.accepted.fetch_add(1, Ordering::Relaxed);
+    let others = life.open.fetch_add(1, Ordering::Relaxed) as usize;
     let open = shared.open.open(shared.with_snapshot(|snapshot| snapshot.connections_max));
     let mut in_source = false;
     let refusal = if !listener.allows(client.ip()) {
         Some(Termination::Denied)
     } else if open.is_none() {
         Some(Termination::ProcessFull)
-    } else if config.max_connections > 0 && life.open.load(Ordering::Relaxed) as usize >= config.max_connections {
+    } else if config.max_connections > 0 && others >= config.max_connections {
         Some(Termination::ListenerFull)
     } else if config.max_connections_per_source > 0 {
         in_source = life.enter_source(client.ip(), config.max_connections_per_source);
