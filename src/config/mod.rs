@@ -2,7 +2,7 @@
 //!
 //! `keys` lists every table and key with its default, `file` reads the TOML as written by that list, `validate` and the
 //! file of each table turn it into a `Config` or into all of its errors, `diff` says what changed between two, `error`
-//! renders for people. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+//! renders for people, `words` names values as the file does. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
 
 mod address;
 pub mod diff;
@@ -15,6 +15,7 @@ mod pool;
 pub mod schema;
 mod tlvs;
 mod validate;
+mod words;
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -5,8 +5,15 @@
 
 mod support;
 
+mod cli;
 mod codec;
+mod config;
+mod hostile;
+mod measured;
 mod netns;
+mod pools;
+mod readme;
 mod receivers;
 mod requested;
 mod tidy;
+mod traffic;

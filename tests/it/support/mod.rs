@@ -58,7 +58,8 @@ pub fn program(name: &str) -> PathBuf {
 pub fn skip(test: &str, why: &str) {
     eprintln!("SKIP {test}: {why}");
     if let Some(file) = std::env::var_os("PREFACE_TEST_SKIPPED") {
-        let mut file = OpenOptions::new().append(true).create(true).open(file).expect("the file of skipped tests opens");
+        let mut file =
+            OpenOptions::new().append(true).create(true).open(file).expect("the file of skipped tests opens");
         writeln!(file, "{test}: {why}").expect("the file of skipped tests takes a line");
     }
 }

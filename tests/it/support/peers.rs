@@ -77,7 +77,7 @@ impl Nginx {
     /// Requests that the server without headers has logged.
     pub fn plain_requests(&self) -> Vec<String> {
         // The first one was the question whether it listens.
-        self.lines("plain.log").split_off(1)
+        self.lines("plain.log").into_iter().skip(1).collect()
     }
 
     /// Everything in the error log that is worse than a notice.
@@ -145,7 +145,10 @@ pub fn haproxy() -> Haproxy {
     let haproxy = Haproxy { process, _directory: directory, headers, plain };
     wait_until_listening("HAProxy", plain);
     // That question itself leaves a line in the log; everything after it is the test's.
-    haproxy.process.stdout.wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
+    haproxy
+        .process
+        .stdout
+        .wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
     haproxy
 }
 

@@ -160,7 +160,13 @@ impl Drop for Process {
             for (stream, output) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
                 let lines = output.lines();
                 let last = &lines[lines.len().saturating_sub(12)..];
-                eprintln!("--- {} {stream}, last {} of {} lines\n{}", self.name, last.len(), lines.len(), last.join("\n"));
+                eprintln!(
+                    "--- {} {stream}, last {} of {} lines\n{}",
+                    self.name,
+                    last.len(),
+                    lines.len(),
+                    last.join("\n")
+                );
             }
         }
     }
