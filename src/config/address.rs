@@ -53,6 +53,11 @@ pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Box<Diagnostic>> 
     Err(Box::new(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\"")))
 }
 
+/// Where probes are served.
+pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>> {
+    socket_address(text, "probe_bind", "such as \"0.0.0.0:9901\"")
+}
+
 /// The address of an upstream.
 pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Box<Diagnostic>> {
     let value = text.value;

@@ -139,7 +139,12 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
     lines.plain("connections", &a.connections, &b.connections);
     let lines = lines.below("admin".to_owned());
     let (a, b) = (&old.admin, &new.admin);
-    lines.plain("bind", &a.bind, &b.bind);
+    if a.bind != b.bind {
+        lines.say(&format!("bind {} -> {} (applies at the next start)", a.bind, b.bind));
+    }
+    if a.probe_bind != b.probe_bind {
+        lines.say("probe_bind changed (applies at the next start)");
+    }
     lines.optional("token_file", &a.token_file, &b.token_file);
 }
 

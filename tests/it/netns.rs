@@ -34,8 +34,6 @@ proxy_protocol = "v2"
 connect_timeout = "1s"
 upstreams = ["{}", "{}"]
 [pools.p.health_check]
-interval = "1s"
-timeout = "1s"
 "#,
         live.address, silent.address
     );
