@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::Command;
 
-use preface::proxy_protocol::Version;
+use preface::proxy_protocol::{Tlv, Version};
 
 use crate::support::client::{connect, connect_from, loopback};
 use crate::support::peers::{Seen, haproxy, nginx};
@@ -201,6 +201,54 @@ fn each_upstream_of_a_pool_gets_its_own_bytes() {
     }
 }
 
+/// Two listeners share a pool and differ in their endpoint; a third tells two source networks apart.
+#[test]
+fn each_listener_and_source_names_its_vpc_endpoint() {
+    let receiver = Receiver::with_header(say_who);
+    let config = format!(
+        r#"
+[listeners.blue]
+bind = "127.0.0.1:0"
+pool = "p"
+tlvs = {{ vpce_id = "vpce-blue" }}
+[listeners.green]
+bind = "127.0.0.1:0"
+pool = "p"
+tlvs = {{ vpce_id = "vpce-green" }}
+[listeners.sources]
+bind = "127.0.0.1:0"
+pool = "p"
+[listeners.sources.tlvs]
+vpce_id = "vpce-elsewhere"
+vpce_id_by_source = [
+    {{ from = "127.2.0.0/16", id = "vpce-two" }},
+    {{ from = "127.3.0.0/16", id = "vpce-three" }},
+    {{ from = "127.3.3.0/24", id = "vpce-three-three" }},
+]
+[pools.p]
+proxy_protocol = "v2"
+upstreams = ["{}"]
+"#,
+        receiver.address
+    );
+    let lb = preface(&config);
+    let expected = [
+        ("blue", "127.0.0.1", "vpce-blue"),
+        ("green", "127.0.0.1", "vpce-green"),
+        ("sources", "127.2.0.9", "vpce-two"),
+        ("sources", "127.3.0.9", "vpce-three"),
+        ("sources", "127.3.3.9", "vpce-three-three"),
+        ("sources", "127.4.0.9", "vpce-elsewhere"),
+    ];
+    for (count, (listener, source, id)) in expected.into_iter().enumerate() {
+        let source: IpAddr = source.parse().expect("an address");
+        let client = connect_from(source, lb.ipv4(listener)).expect("a client connects");
+        let arrival = receiver.wait_for(count + 1).remove(count);
+        assert_eq!(arrival.client(), client.local_addr().unwrap());
+        assert_eq!(arrival.header.unwrap().tlvs, [Tlv::AwsVpcEndpoint(id.to_owned())], "{listener} from {source}");
+    }
+}
+
 /// A pool of a live and a dead upstream, checked every 100 ms.
 fn checked_pool(addresses: &[SocketAddr]) -> String {
     let upstreams: Vec<String> = addresses.iter().map(|address| format!("\"{address}\"")).collect();
@@ -332,6 +380,23 @@ fn checks_with_a_header_leave_no_error_in_haproxy() {
     wait_for_ten_checks(&lb);
     drop(lb);
     assert_eq!(haproxy.errors(), [""; 0]);
+}
+
+/// The other side of the tests above: what they look for is there when a header is broken or missing.
+#[test]
+fn receivers_log_a_broken_header() {
+    let (nginx, haproxy) = (nginx(), haproxy());
+    for port in [nginx.headers, nginx.stream, haproxy.headers] {
+        let mut stream = connect((Ipv4Addr::LOCALHOST, port).into()).expect("the receiver listens");
+        http::send(&mut stream, "GET", "/", &[]).expect("the receiver reads");
+        let mut nothing = Vec::new();
+        // Closed with our bytes unread, so by a reset or not.
+        let _ = stream.read_to_end(&mut nothing);
+        assert!(nothing.is_empty());
+    }
+    let broken = || nginx.errors().iter().filter(|line| line.contains("broken header")).count();
+    eventually("nginx says so twice", || (broken() == 2).then_some(()));
+    eventually("HAProxy says so", || (haproxy.errors().len() == 1).then_some(()));
 }
 
 /// Not even the accepted connection: it is reset before the upstream takes it.

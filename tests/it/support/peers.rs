@@ -77,7 +77,7 @@ impl Nginx {
     /// Requests that the server without headers has logged.
     pub fn plain_requests(&self) -> Vec<String> {
         // The first one was the question whether it listens.
-        self.lines("plain.log").split_off(1)
+        self.lines("plain.log").into_iter().skip(1).collect()
     }
 
     /// Everything in the error log that is worse than a notice.
