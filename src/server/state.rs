@@ -81,6 +81,8 @@ pub struct State {
     pub touched: HashSet<String>,
     /// Upstreams that joined by a reload and were not healthy yet: their slow start begins when they are.
     pub joined: HashSet<UpstreamKey>,
+    /// Addresses that left the configuration, until each worker has closed its socket.
+    pub closing: Vec<(SocketAddr, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
     /// Workers that did not answer in time.
