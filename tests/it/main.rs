@@ -8,5 +8,7 @@ mod support;
 mod codec;
 mod netns;
 mod receivers;
+mod reload;
 mod requested;
 mod tidy;
+mod traffic;
