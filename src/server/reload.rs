@@ -183,6 +183,11 @@ impl State {
                 inputs.lives.remove(&before).map(|life| inputs.lives.insert(key.clone(), life));
                 inputs.health.remove(&before).map(|health| inputs.health.insert(key.clone(), health));
                 inputs.admin.remove(&before).map(|admin| inputs.admin.insert(key.clone(), admin));
+                let named = self.deadlines.iter_mut().filter_map(|(_, deadline)| deadline.key_mut());
+                named.filter(|named| **named == before).for_each(|named| *named = key.clone());
+                if self.joined.remove(&before) {
+                    self.joined.insert(key.clone());
+                }
             }
         }
         let now = Instant::now();
