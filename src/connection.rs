@@ -152,6 +152,13 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Completes when it is ordered to end.
+    async fn ordered(&self) -> Termination {
+        poll_fn(|cx| self.poll_ordered(cx).map_or(Poll::Pending, Poll::Ready)).await
+    }
+}
+
 impl Observer for Entry {
     fn to_upstream(&self, count: usize) {
         self.bytes_in.set(self.bytes_in.get() + count as u64);
@@ -330,8 +337,9 @@ async fn reach(
     early: &mut Early,
 ) -> Result<(Stream, Lease), Termination> {
     let pool = &listener.pool;
+    let entry = Rc::clone(&record.entry);
     let deadline = Instant::now() + pool.config.connect_deadline;
-    let mut tried = Vec::new();
+    let (mut tried, mut ordered_off) = (Vec::new(), Vec::new());
     let mut failure = None;
     for _ in 0..=pool.config.retries {
         let mut picked = pool.pick(&tried);
@@ -340,7 +348,7 @@ async fn reach(
                 break;
             }
             sleep(RETRY_SAME_DELAY).await;
-            tried.clear();
+            tried.clone_from(&ordered_off);
             picked = pool.pick(&tried);
         }
         let picked = match picked {
@@ -351,7 +359,13 @@ async fn reach(
         record.attempts += 1;
         *record.entry.upstream.borrow_mut() = Some(Arc::clone(picked.lease.life()));
         let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(Instant::now()));
-        match connect(&record.shared, pool, picked.lease.life(), listener.config.keepalive, attempt_timeout).await {
+        let keepalive = listener.config.keepalive;
+        let connected = tokio::select! {
+            biased;
+            termination = entry.ordered() => Err(termination),
+            connected = connect(&record.shared, pool, picked.lease.life(), keepalive, attempt_timeout) => connected,
+        };
+        match connected {
             Ok(upstream) => {
                 let plan = &listener.headers[pool.upstreams[picked.index].entry];
                 match introduce(client, &upstream, local, plan, record, early).await {
@@ -371,7 +385,14 @@ async fn reach(
                     }
                 }
             }
-            Err(termination) => failure = Some(termination),
+            Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
+            Err(termination) => {
+                // What was ordered is about this upstream: another one may have the connection.
+                if entry.ordered.take().is_some() {
+                    ordered_off.push(picked.index);
+                }
+                failure = Some(termination);
+            }
         }
         tried.push(picked.index);
         if Instant::now() >= deadline {
