@@ -178,15 +178,17 @@ impl State {
         {
             life.failed_connects.store(0, Ordering::Relaxed);
         }
+        self.touched.insert(key.pool.clone());
+        let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };
+        self.inputs.health.insert(key, record);
         if health == Health::Unhealthy
             && pool.on_unhealthy == OnUnhealthy::Close
             && let Some(life) = life
         {
+            // Nothing new goes there before what is open is ended.
+            self.publish();
             self.end(Some(life), Termination::Unhealthy).await;
         }
-        self.touched.insert(key.pool.clone());
-        let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };
-        self.inputs.health.insert(key, record);
     }
 
     /// Failed connects in a row: out at once, unless it is the last usable one.
