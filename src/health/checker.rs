@@ -200,7 +200,10 @@ async fn run(target: Target, handle: control::Handle, shared: Arc<Shared>) {
             Some(outcome) => shared.take_in(outcome, &target, started, Instant::now()),
             None => (shared.take_ejection(), started),
         };
-        if let Some((health, reason)) = change {
+        // A report of the task before may have been lost with it: the first one says what stands, changed or not.
+        let stands = || Some(shared.state.lock().expect(NO_PANIC).health()).filter(|health| *health != Health::Unknown);
+        let first = || stands().filter(|_| turn == 0).map(|health| (health, "as it was before the reload".to_owned()));
+        if let Some((health, reason)) = change.or_else(first) {
             let observation = Observation { key: target.key.clone(), health, reason };
             if handle.observed(vec![observation]).await.is_err() {
                 return;
