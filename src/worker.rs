@@ -43,6 +43,8 @@ pub enum Message {
     Unlisten {
         /// As in `Listen`.
         slot: usize,
+        /// Told when the socket is closed.
+        closed: oneshot::Sender<()>,
     },
     /// Connections accepted from now on use this keepalive.
     Keepalive {
@@ -80,12 +82,20 @@ impl Worker {
         log: log::Sender,
     ) -> io::Result<Worker> {
         let (inbox, messages) = mpsc::channel(INBOX_MAX);
-        let runtime = tokio::runtime::Builder::new_current_thread();
+        let (started, outcome) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-            let mut runtime = runtime;
-            let runtime = runtime.enable_all().build_local(LocalOptions::default()).expect("a runtime can be built");
-            runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+            // Built on its own thread: a local runtime cannot be sent there.
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+            match runtime {
+                Ok(runtime) => {
+                    let _ = started.send(Ok(()));
+                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
         })?;
+        outcome.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at once")))?;
         Ok(Worker { inbox, thread: Some(thread) })
     }
 
@@ -118,9 +128,14 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>) {
                     tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
                 }
             },
-            Message::Unlisten { slot } => {
-                if let Some((acceptor, _)) = acceptors.remove(&slot) {
+            Message::Unlisten { slot, closed } => {
+                if let Some((acceptor, task)) = acceptors.remove(&slot) {
                     acceptor.retire.notify_one();
+                    drop(acceptor);
+                    tokio::task::spawn_local(async move {
+                        let _ = task.await;
+                        let _ = closed.send(());
+                    });
                 }
             }
             Message::Keepalive { slot, keepalive } => {

@@ -13,9 +13,9 @@ use super::{AdminBind, Bind};
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
 /// One element of `listeners.NAME.bind`.
-pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Diagnostic> {
+pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Box<Diagnostic>> {
     if text.value.starts_with("unix:") || text.value.starts_with("fd:") {
-        return Err(not_supported(&text.span, &format!("bind = {:?}", text.value)));
+        return Err(Box::new(not_supported(&text.span, &format!("bind = {:?}", text.value))));
     }
     if let Some(port) = text.value.strip_prefix(':').and_then(port) {
         let address = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
@@ -24,7 +24,7 @@ pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Diagnostic> {
     let address = socket_address(text, "bind", "such as \":80\", \"192.0.2.1:80\" or \"[2001:db8::1]:80\"")?;
     if address.ip().is_multicast() {
         let message = format!("bind address {:?} is a multicast address", text.value);
-        return Err(Diagnostic::error(&text.span, message));
+        return Err(Box::new(Diagnostic::error(&text.span, message)));
     }
     if let SocketAddr::V6(v6) = address
         && v6.ip().is_unicast_link_local()
@@ -32,13 +32,13 @@ pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Diagnostic> {
     {
         let message = format!("link-local address {:?} needs the interface", text.value);
         let help = "append its number: \"[fe80::1%2]:80\" for the one that `ip link` shows as 2";
-        return Err(Diagnostic::error(&text.span, message).help(help));
+        return Err(Box::new(Diagnostic::error(&text.span, message).help(help)));
     }
     Ok(Bind { address, any: false, v6only: false })
 }
 
 /// `admin.bind`
-pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Diagnostic> {
+pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Box<Diagnostic>> {
     let Some(path) = text.value.strip_prefix("unix:") else {
         let address = socket_address(text, "bind", "such as \"127.0.0.1:9900\", or \"unix:/path\"")?;
         return Ok(AdminBind::Tcp(address));
@@ -50,14 +50,19 @@ pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Diagnostic> {
         _ if path.contains('\0') => "the path of a UNIX socket must not contain a zero byte",
         _ => return Ok(AdminBind::Unix(PathBuf::from(path))),
     };
-    Err(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\""))
+    Err(Box::new(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\"")))
+}
+
+/// Where probes are served.
+pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>> {
+    socket_address(text, "probe_bind", "such as \"0.0.0.0:9901\"")
 }
 
 /// The address of an upstream.
-pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Diagnostic> {
+pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Box<Diagnostic>> {
     let value = text.value;
     if value.starts_with("unix:") || value.starts_with("srv:") {
-        return Err(not_supported(&text.span, &format!("address {value:?}")));
+        return Err(Box::new(not_supported(&text.span, &format!("address {value:?}"))));
     }
     let bare = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(value);
     let (ip, port) = match bare.parse::<IpAddr>() {
@@ -72,10 +77,10 @@ pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Diagnos
         _ if port == Some(0) => "has port 0",
         _ if ip.is_unspecified() => "is no address that can be connected to",
         _ if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) => "is a multicast or broadcast address",
-        _ if link_local => return Err(not_supported(&text.span, &format!("link-local address {value:?}"))),
+        _ if link_local => return Err(Box::new(not_supported(&text.span, &format!("link-local address {value:?}")))),
         _ => return Ok((ip, port)),
     };
-    Err(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}")))
+    Err(Box::new(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}"))))
 }
 
 /// A network in CIDR form, or one address.
@@ -90,7 +95,7 @@ pub(super) fn network(section: &Section<'_>, text: &Text<'_>) -> Option<IpNet> {
         return None;
     };
     if let Err(diagnostic) = unmapped(text, net.addr()) {
-        section.note(diagnostic);
+        section.note(*diagnostic);
         return None;
     }
     if net.trunc() != net {
@@ -103,16 +108,16 @@ pub(super) fn network(section: &Section<'_>, text: &Text<'_>) -> Option<IpNet> {
 }
 
 /// An address of this machine that connections can start from.
-pub(super) fn source(text: &Text<'_>) -> Result<IpAddr, Diagnostic> {
+pub(super) fn source(text: &Text<'_>) -> Result<IpAddr, Box<Diagnostic>> {
     let Ok(ip) = text.value.parse::<IpAddr>() else {
         let diagnostic = Diagnostic::error(&text.span, format!("{:?} is not an IP address", text.value));
-        return Err(diagnostic.help("source takes addresses of this machine, without a port"));
+        return Err(Box::new(diagnostic.help("source takes addresses of this machine, without a port")));
     };
     let ip = unmapped(text, ip)?;
     let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
     if ip.is_unspecified() || ip.is_multicast() || link_local {
         let diagnostic = Diagnostic::error(&text.span, format!("connections cannot start from {:?}", text.value));
-        return Err(diagnostic.help("write an address of this machine, or leave source out"));
+        return Err(Box::new(diagnostic.help("write an address of this machine, or leave source out")));
     }
     Ok(ip)
 }
@@ -128,7 +133,7 @@ pub(super) fn covers(bind: &Bind, address: SocketAddr) -> bool {
     bind.address.port() == address.port() && (any || bound == address.ip())
 }
 
-fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAddr, Diagnostic> {
+fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAddr, Box<Diagnostic>> {
     let value = text.value;
     if let Ok(address) = value.parse::<SocketAddr>() {
         unmapped(text, address.ip())?;
@@ -139,7 +144,7 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
     let is_ip = bare.parse::<IpAddr>().is_ok();
-    Err(match () {
+    Err(Box::new(match () {
         _ if value.contains("://") => {
             error(format!("{value:?} is a URL")).help(format!("{key} takes an IP address and a port, {examples}"))
         }
@@ -166,7 +171,7 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
         }
         _ => error(format!("{value:?} is not an address"))
             .help(format!("{key} takes an IP address and a port, {examples}")),
-    })
+    }))
 }
 
 /// A port without sign or spaces; 0 is one.
@@ -180,12 +185,12 @@ fn is_name(text: &str) -> bool {
 }
 
 /// `::ffff:10.0.0.1` and `10.0.0.1` are one address; only one spelling is taken, so that equal means equal.
-fn unmapped(text: &Text<'_>, ip: IpAddr) -> Result<IpAddr, Diagnostic> {
+fn unmapped(text: &Text<'_>, ip: IpAddr) -> Result<IpAddr, Box<Diagnostic>> {
     match ip {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
             let v4 = ip.to_canonical();
             let diagnostic = Diagnostic::error(&text.span, format!("{:?} is an IPv4 address in IPv6 form", text.value));
-            Err(diagnostic.help(format!("write {v4}")))
+            Err(Box::new(diagnostic.help(format!("write it as IPv4: {v4}"))))
         }
         ip => Ok(ip),
     }

@@ -234,6 +234,15 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// How many errors there are.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            LoadError::Read { .. } => 1,
+            LoadError::Invalid(errors) => errors.len(),
+        }
+    }
+
     /// One element an error.
     pub fn render(&self, style: Style) -> Vec<String> {
         match self {

@@ -45,25 +45,29 @@ pub(super) struct Section<'a> {
     pub(super) name: &'a str,
     /// Where its name stands.
     pub(super) span: Span,
+    /// As written between brackets: `listeners.web`.
+    path: String,
     notes: &'a Notes,
     table: &'static Table,
     values: Option<&'a DeTable<'a>>,
 }
 
+/// What a section is called.
+struct Named<'a> {
+    name: &'a str,
+    path: String,
+    span: Span,
+}
+
 impl<'a> Section<'a> {
     /// The whole file.
     pub(super) fn file(notes: &'a Notes, values: &'a DeTable<'a>) -> Section<'a> {
-        Section::new(notes, &FILE, "", 0..0, Some(values))
+        Section::new(notes, &FILE, Named { name: "", path: String::new(), span: 0..0 }, Some(values))
     }
 
-    fn new(
-        notes: &'a Notes,
-        table: &'static Table,
-        name: &'a str,
-        span: Span,
-        values: Option<&'a DeTable<'a>>,
-    ) -> Section<'a> {
-        let section = Section { name, span, notes, table, values };
+    fn new(notes: &'a Notes, table: &'static Table, named: Named<'a>, values: Option<&'a DeTable<'a>>) -> Section<'a> {
+        let Named { name, path, span } = named;
+        let section = Section { name, span, path, notes, table, values };
         section.refuse_unknown_keys();
         section
     }
@@ -130,6 +134,12 @@ impl<'a> Section<'a> {
         u32::try_from(self.integer(name).unwrap_or(0)).expect("limited far below")
     }
 
+    /// Whether a `Kind::Word` is written and none of those that it may be.
+    pub(super) fn word_is_wrong(&self, name: &str) -> bool {
+        let Kind::Word { now, .. } = self.key(name).kind else { unreachable!("{name} is a word") };
+        self.written(name).is_some() && !now.iter().any(|word| self.text_is(name, word))
+    }
+
     /// Whether a key is written and is this string.
     pub(super) fn text_is(&self, name: &str, text: &str) -> bool {
         self.value(name).and_then(|value| value.get_ref().as_str()) == Some(text)
@@ -160,14 +170,14 @@ impl<'a> Section<'a> {
             DeValue::String(text) => match humantime::parse_duration(text) {
                 Ok(duration) if (min..=max).contains(&duration) => Some(duration),
                 Ok(_) => {
-                    let (min, max) = (humantime::format_duration(min), humantime::format_duration(max));
+                    let (min, max) = (in_days(min), in_days(max));
                     let message = format!("{name:?} must be from {min} to {max}");
                     self.note(Diagnostic::error(&value.span(), message).label("out of range"));
                     None
                 }
                 Err(error) => {
                     let message = format!("{name:?} must be {expected}");
-                    self.note(Diagnostic::error(&value.span(), message).label(error.to_string()));
+                    self.note(Diagnostic::error(&value.span(), message).label(duration_problem(&error)));
                     None
                 }
             },
@@ -198,12 +208,22 @@ impl<'a> Section<'a> {
                 }
                 found
             }
+            DeValue::Array(words) => {
+                let is_later =
+                    |word: &&Spanned<DeValue<'_>>| word.get_ref().as_str().is_some_and(|w| later.contains(&w));
+                let Some(word) = words.iter().find(is_later) else {
+                    return self.wrong_type(name, value, &one_of(now));
+                };
+                let what = format!("{name} = {:?}", word.get_ref().as_str().unwrap_or_default());
+                self.note(not_supported(&word.span(), &what).help(format!("what works today: {}", quoted(now))));
+                None
+            }
             DeValue::Boolean(false) if now.contains(&"off") => {
-                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be one of {}", quoted(now)));
+                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be {}", one_of(now)));
                 self.note(diagnostic.label("a boolean").help("write \"off\""));
                 None
             }
-            _ => self.wrong_type(name, value, &format!("one of {}", quoted(now))),
+            _ => self.wrong_type(name, value, &one_of(now)),
         });
         read.unwrap_or(match key.default {
             Default::Text(word) => word,
@@ -253,10 +273,10 @@ impl<'a> Section<'a> {
         let entry = self.values.and_then(|values| values.get_key_value(name));
         let values = entry.and_then(|(_, value)| match value.get_ref() {
             DeValue::Table(values) => Some(values),
-            _ => self.wrong_type(name, value, &format!("a table: [{}]", table.name)),
+            _ => self.wrong_type(name, value, &format!("a table: [{}]", self.below(name))),
         });
         let span = entry.map_or_else(|| self.span.clone(), |(key, _)| key.span());
-        Section::new(self.notes, table, name, span, values)
+        Section::new(self.notes, table, Named { name, path: self.below(name), span }, values)
     }
 
     /// A `Kind::Named`: the tables by name.
@@ -268,7 +288,11 @@ impl<'a> Section<'a> {
             return self.wrong_type(name, value, &format!("tables by name: [{}]", table.name)).unwrap_or_default();
         };
         let sections = entries.iter().filter_map(|(key, value)| match value.get_ref() {
-            DeValue::Table(values) => Some(Section::new(self.notes, table, key.get_ref(), key.span(), Some(values))),
+            DeValue::Table(values) => {
+                let path = format!("{}.{}", self.below(name), toml_key(key.get_ref()));
+                let named = Named { name: key.get_ref(), path, span: key.span() };
+                Some(Section::new(self.notes, table, named, Some(values)))
+            }
             _ => {
                 let known = table.key(key.get_ref()).is_some();
                 let message = format!("{name:?} holds tables by name: [{}]", table.name);
@@ -296,7 +320,8 @@ impl<'a> Section<'a> {
         let DeValue::Array(array) = value.get_ref() else { return self.wrong_type(name, value, expected) };
         let elements = array.iter().filter_map(|element| match element.get_ref() {
             DeValue::Table(values) => {
-                Some(Element::Table(Section::new(self.notes, table, name, element.span(), Some(values))))
+                let named = Named { name, path: self.below(name), span: element.span() };
+                Some(Element::Table(Section::new(self.notes, table, named, Some(values))))
             }
             DeValue::String(text) if texts => Some(Element::Text(Text { value: text, span: element.span() })),
             _ => self.wrong_type(name, element, expected),
@@ -304,14 +329,28 @@ impl<'a> Section<'a> {
         Some(elements.collect())
     }
 
+    /// Where a list without elements stands.
+    pub(super) fn empty_list(&self, name: &str) -> Option<Span> {
+        let value = self.value(name)?;
+        value.get_ref().as_array().filter(|array| array.is_empty()).map(|_| value.span())
+    }
+
+    /// Elements of a list as written, whatever they are.
+    pub(super) fn list_len(&self, name: &str) -> usize {
+        self.value(name).and_then(|value| value.get_ref().as_array()).map_or(0, |array| array.len())
+    }
+
     /// Notes that a required key is not there, unless it is.
-    pub(super) fn require(&self, name: &str, what: &str) {
+    pub(super) fn require(&self, name: &str, what: &str, example: &str) {
         if self.written(name).is_some() {
             return;
         }
-        let key = self.key(name);
         let diagnostic = Diagnostic::error(&self.span, format!("{what} has no {name:?}")).if_whole();
-        self.note(diagnostic.label(format!("{name:?} is missing")).help(key.doc));
+        self.note(diagnostic.label(format!("{name:?} is missing")).help(format!("for example: {name} = {example}")));
+    }
+
+    fn below(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
     fn key(&self, name: &str) -> &'static Key {
@@ -350,8 +389,10 @@ impl<'a> Section<'a> {
     }
 
     fn unknown_key(&self, name: &str, span: &Span) -> Diagnostic {
-        let place = if self.table.name.is_empty() { "the file" } else { &format!("[{}]", self.table.name) };
-        let diagnostic = Diagnostic::error(span, format!("unknown key {name:?} in {place}")).label("unknown");
+        let place = if self.path.is_empty() { "the file" } else { &format!("[{}]", self.path) };
+        let mut diagnostic = Diagnostic::error(span, format!("unknown key {name:?} in {place}")).label("unknown");
+        // Below a broken table header keys seem to be the file's.
+        diagnostic.needs_whole_file = self.path.is_empty();
         let known: Vec<&str> =
             self.table.keys.iter().filter(|key| !matches!(key.kind, Kind::Later)).map(|key| key.name).collect();
         if let Some(near) = nearest(name, &known) {
@@ -375,6 +416,25 @@ pub(super) enum Element<'a> {
     Text(Text<'a>),
 }
 
+/// A year is 365 days here, and not humantime's 365.25.
+fn in_days(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds > 86_400 && seconds.is_multiple_of(86_400) => format!("{} days", seconds / 86_400),
+        _ => humantime::format_duration(duration).to_string(),
+    }
+}
+
+fn duration_problem(error: &humantime::DurationError) -> String {
+    use humantime::DurationError;
+    match error {
+        DurationError::UnknownUnit { unit, .. } if unit.is_empty() => "a number without a unit".to_owned(),
+        DurationError::UnknownUnit { unit, .. } => format!("unknown unit {unit:?}: it takes ms, s, m, h, days"),
+        DurationError::NumberOverflow => "too large".to_owned(),
+        DurationError::Empty => "empty".to_owned(),
+        _ => "not a number with a unit".to_owned(),
+    }
+}
+
 fn tables_with(table: &'static Table, name: &str, found: &mut Vec<String>) {
     if table.key(name).is_some_and(|key| !matches!(key.kind, Kind::Later)) && !table.name.is_empty() {
         let place = format!("[{}]", table.name);
@@ -393,7 +453,7 @@ pub(super) fn not_supported(span: &Span, what: &str) -> Diagnostic {
 }
 
 fn unknown_word(span: &Span, name: &str, word: &str, known: &[&str]) -> Diagnostic {
-    let diagnostic = Diagnostic::error(span, format!("{name:?} must be one of {}", quoted(known)));
+    let diagnostic = Diagnostic::error(span, format!("{name:?} must be {}", one_of(known)));
     match nearest(word, known) {
         Some(near) => diagnostic.label("unknown").help(format!("did you mean {near:?}?")),
         None => diagnostic.label("unknown"),
@@ -408,6 +468,16 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
     let near = known.iter().copied().map(|known| (distance(known), known)).min_by_key(|(distance, _)| *distance);
     let longest = |known: &str| word.chars().count().max(known.chars().count());
     near.filter(|(distance, known)| *distance <= longest(known) / 3).map(|(_, known)| known)
+}
+
+/// Quoted where TOML wants it.
+fn toml_key(name: &str) -> String {
+    let bare = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    if bare { name.to_owned() } else { format!("{name:?}") }
+}
+
+fn one_of(words: &[&str]) -> String {
+    if words.len() == 1 { quoted(words) } else { format!("one of {}", quoted(words)) }
 }
 
 /// `"a", "b"`

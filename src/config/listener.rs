@@ -15,7 +15,6 @@ const NAME_BYTES_MAX: usize = 64;
 #[derive(Debug)]
 pub(super) struct WrittenListener<'a> {
     pub(super) listener: Listener,
-    pub(super) name: Span,
     /// As many as `listener.binds`.
     pub(super) binds: Vec<Text<'a>>,
     pub(super) pool: Option<Text<'a>>,
@@ -26,16 +25,15 @@ pub(super) struct WrittenListener<'a> {
 pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
     let what = format!("listener {:?}", section.name);
     check_name(section, "listener");
-    section.require("bind", &what);
-    section.require("pool", &what);
+    section.require("bind", &what, "\":80\"");
+    section.require("pool", &what, "\"ingress\"");
     section.word("protocol");
 
     let (mut binds, mut texts) = (Vec::new(), Vec::new());
-    let written = section.texts("bind");
-    if let (Some(span), true) = (section.written("bind"), written.is_empty()) {
-        section.note(Diagnostic::error(&span, format!("{what} has no address")).label("empty").if_whole());
+    if let Some(span) = section.empty_list("bind") {
+        section.note(Diagnostic::error(&span, format!("{what} has no address")).label("empty"));
     }
-    for text in written {
+    for text in section.texts("bind") {
         match address::bind(&text) {
             Ok(bind) => {
                 if bind.address.port() == 0 {
@@ -46,11 +44,11 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
                 binds.push(bind);
                 texts.push(text);
             }
-            Err(diagnostic) => section.note(diagnostic),
+            Err(diagnostic) => section.note(*diagnostic),
         }
     }
     let allow = networks(section, "allow");
-    if let (Some(span), true) = (section.written("allow"), section.texts("allow").is_empty()) {
+    if let Some(span) = section.empty_list("allow") {
         let diagnostic = Diagnostic::error(&span, format!("{what} lets nobody connect")).label("an empty list");
         section.note(diagnostic.help("leave \"allow\" out to let everybody connect, or list networks"));
     }
@@ -68,7 +66,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         deny: networks(section, "deny"),
         tlvs: tlvs::read(&tlvs_section),
     };
-    WrittenListener { listener, name: section.span.clone(), binds: texts, pool, tlvs: tlvs_section }
+    WrittenListener { listener, binds: texts, pool, tlvs: tlvs_section }
 }
 
 /// A name that can stand in a metric's label, a log line and a URL without quoting.
@@ -104,8 +102,9 @@ struct Bound {
     bind: Bind,
     span: Span,
     written: String,
-    /// The listener's index; `None`: the admin API.
-    listener: Option<usize>,
+    /// For messages.
+    owner: String,
+    is_admin: bool,
 }
 
 /// Refuses addresses that stand twice, and decides which `[::]` sockets are for IPv6 alone.
@@ -120,54 +119,65 @@ pub(super) fn resolve_binds(
         && address.port() != 0
     {
         let bind = Bind { address, any: false, v6only: false };
-        all.push(Bound { bind, span: admin_span.clone(), written: address.to_string(), listener: None });
+        let (span, written, owner) = (admin_span.clone(), address.to_string(), "the admin API".to_owned());
+        all.push(Bound { bind, span, written, owner, is_admin: true });
     }
-    for (index, written) in listeners.iter().enumerate() {
+    for written in listeners.iter() {
         for (bind, text) in written.listener.binds.iter().zip(&written.binds) {
-            let (span, written) = (text.span.clone(), text.value.to_owned());
-            all.push(Bound { bind: *bind, span, written, listener: Some(index) });
+            let owner = format!("listener {:?}", written.listener.name);
+            let (bind, span, written) = (*bind, text.span.clone(), text.value.to_owned());
+            all.push(Bound { bind, span, written, owner, is_admin: false });
         }
     }
     all.sort_by_key(|bound| bound.span.start);
     for (index, second) in all.iter().enumerate() {
         if let Some(first) = all[..index].iter().find(|first| collide(first, second)) {
-            let message = format!("address {:?} is bound twice", second.written);
-            let label = format!("{} has it already", owner(listeners, first));
-            let diagnostic =
-                Diagnostic::error(&second.span, message).label(format!("{} wants it", owner(listeners, second)));
-            let help = match (first.bind.any, second.bind.any) {
-                (true, false) if first.written != second.written => {
-                    format!("{:?} is every IPv4 and every IPv6 address", first.written)
-                }
-                (false, true) if first.written != second.written => {
-                    format!("{:?} is every IPv4 and every IPv6 address", second.written)
-                }
-                _ => "one address serves one listener: give the other one another port or address".to_owned(),
-            };
-            file.note(diagnostic.also(&first.span, label).help(help));
+            file.note(bound_twice(first, second));
         }
     }
-    for index in 0..listeners.len() {
-        let (binds, texts) = (listeners[index].listener.binds.clone(), listeners[index].binds.clone());
-        for (at, (bind, text)) in binds.iter().zip(&texts).enumerate() {
-            let v4 = |bound: &&Bound| bound.bind.address.is_ipv4() && bound.bind.address.port() == bind.address.port();
-            let all_v6 = bind.address.ip().is_unspecified() && bind.address.is_ipv6() && !bind.any;
-            let Some(other) = all.iter().find(v4).filter(|_| all_v6 && bind.address.port() != 0) else { continue };
-            listeners[index].listener.binds[at].v6only = true;
-            let covered = all.iter().any(|bound| v4(&bound) && bound.bind.address.ip().is_unspecified());
-            if !covered {
-                let message = format!("{:?} takes IPv6 alone here", text.value);
-                let diagnostic = Diagnostic::warning(&text.span, message);
-                file.note(diagnostic.also(&other.span, "because this binds an IPv4 address on the same port").help(
-                    format!(
-                        "for the other IPv4 addresses write \":{}\" in its place, or add \"0.0.0.0:{}\"",
-                        bind.address.port(),
-                        bind.address.port()
-                    ),
-                ));
-            }
+    for written in listeners {
+        for (bind, text) in written.listener.binds.iter_mut().zip(&written.binds) {
+            resolve_v6only(file, bind, text, &all);
         }
     }
+}
+
+fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
+    let diagnostic = Diagnostic::error(&second.span, format!("address {:?} is bound twice", second.written));
+    let diagnostic = diagnostic.label(format!("{} wants it", second.owner));
+    let every = [first, second].into_iter().find(|bound| bound.bind.any).filter(|_| first.written != second.written);
+    let diagnostic = diagnostic.help(match every {
+        Some(every) => format!("{:?} is every IPv4 and every IPv6 address", every.written),
+        None if first.written == second.written => {
+            "one address serves one listener: give one of them another port or address".to_owned()
+        }
+        None => "the admin API needs a port that no listener has on every address".to_owned(),
+    });
+    match first.span.is_empty() {
+        true => diagnostic.help(format!("without [admin] bind {} is at {:?}", first.owner, first.written)),
+        false => diagnostic.also(&first.span, format!("{} has it already", first.owner)),
+    }
+}
+
+/// `[::]:P` takes IPv6 alone when the file also binds an IPv4 address on port P.
+fn resolve_v6only(file: &Section<'_>, bind: &mut Bind, text: &Text<'_>, all: &[Bound]) {
+    let port = bind.address.port();
+    let on_port = |bound: &&Bound| bound.bind.address.is_ipv4() && bound.bind.address.port() == port;
+    let every_v6 = bind.address.ip().is_unspecified() && bind.address.is_ipv6() && !bind.any && port != 0;
+    let Some(other) = all.iter().find(on_port).filter(|_| every_v6) else { return };
+    bind.v6only = true;
+    if all.iter().filter(on_port).any(|bound| bound.bind.address.ip().is_unspecified()) {
+        return;
+    }
+    let because = format!("because {} binds an IPv4 address on this port", other.owner);
+    let diagnostic = Diagnostic::warning(&text.span, format!("{:?} takes IPv6 alone here", text.value));
+    let diagnostic = match other.span.is_empty() {
+        true => diagnostic.label(because),
+        false => diagnostic.also(&other.span, because),
+    };
+    file.note(
+        diagnostic.help(format!("to take all other IPv4 addresses, too, write \":{port}\", or add \"0.0.0.0:{port}\"")),
+    );
 }
 
 /// Whether the system or the operator could not tell the two apart. A wildcard and one address on the same port are
@@ -178,14 +188,7 @@ fn collide(a: &Bound, b: &Bound) -> bool {
         let v4: IpAddr = [0, 0, 0, 0].into();
         any.bind.any && other.bind.address == SocketAddr::new(v4, any.bind.address.port())
     };
-    let admin = a.listener.is_none() || b.listener.is_none();
+    let admin = a.is_admin || b.is_admin;
     let within = address::covers(&a.bind, b.bind.address) || address::covers(&b.bind, a.bind.address);
     same || every_v4(a, b) || every_v4(b, a) || (admin && within)
-}
-
-fn owner(listeners: &[WrittenListener<'_>], bound: &Bound) -> String {
-    match bound.listener {
-        Some(index) => format!("listener {:?}", listeners[index].listener.name),
-        None => "the admin API".to_owned(),
-    }
 }

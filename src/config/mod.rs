@@ -2,7 +2,7 @@
 //!
 //! `keys` lists every table and key with its default, `file` reads the TOML as written by that list, `validate` and the
 //! file of each table turn it into a `Config` or into all of its errors, `diff` says what changed between two, `error`
-//! renders for people. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+//! renders for people, `words` names values as the file does. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
 
 mod address;
 pub mod diff;
@@ -15,6 +15,7 @@ mod pool;
 pub mod schema;
 mod tlvs;
 mod validate;
+mod words;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -87,6 +88,8 @@ pub enum LogConnections {
     Errors,
     /// None.
     Off,
+    /// Every connection, one line at its start and one at its end.
+    StartAndEnd,
 }
 
 /// `[admin]`
@@ -94,7 +97,9 @@ pub enum LogConnections {
 pub struct Admin {
     /// Where the admin API listens.
     pub bind: AdminBind,
-    /// Bearer token of mutating calls, read from `token_file` when the configuration was loaded.
+    /// Where `/livez`, `/readyz` and `/metrics` are served to everyone, for a pod's address. Read at start only.
+    pub probe_bind: Option<SocketAddr>,
+    /// File with the bearer token of commands, read at each of them.
     pub token_file: Option<PathBuf>,
 }
 

@@ -20,6 +20,8 @@ pub(super) struct WrittenPool<'a> {
     pub(super) tlvs: Section<'a>,
     /// As many as `pool.upstreams`.
     pub(super) upstreams: Vec<WrittenUpstream<'a>>,
+    /// Some upstream or version could not be read: nothing is said about who gets which header.
+    pub(super) unclear: bool,
 }
 
 /// Where the parts of an upstream stand.
@@ -28,12 +30,14 @@ pub(super) struct WrittenUpstream<'a> {
     pub(super) address: Text<'a>,
     /// `None`: written in the short form.
     pub(super) tlvs: Option<Section<'a>>,
+    /// Its version could not be read.
+    unclear: bool,
 }
 
 impl WrittenPool<'_> {
-    /// Whether any of its connections begins with a v2 header.
-    pub(super) fn has_v2(&self) -> bool {
-        self.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(Version::V2))
+    /// Whether TLVs have a header to stand in, as far as the file tells.
+    pub(super) fn takes_tlvs(&self) -> bool {
+        self.unclear || self.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(Version::V2))
     }
 }
 
@@ -46,7 +50,7 @@ struct PoolDefaults {
 /// Reads one table.
 pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     check_name(section, "pool");
-    section.require("upstreams", &format!("pool {:?}", section.name));
+    section.require("upstreams", &format!("pool {:?}", section.name), "[\"10.0.0.30:80\"]");
     let tlvs_section = section.table("tlvs");
     let defaults = PoolDefaults {
         proxy_protocol: version(section.word("proxy_protocol")),
@@ -82,7 +86,9 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     check_connect_times(section, &pool);
     check_weights(section, &pool);
     let (name, proxy_protocol) = (section.span.clone(), section.span_of("proxy_protocol"));
-    WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, upstreams: places }
+    let all_read = section.list_len("upstreams") == places.len();
+    let unclear = !all_read || section.word_is_wrong("proxy_protocol") || places.iter().any(|place| place.unclear);
+    WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, upstreams: places, unclear }
 }
 
 /// `proxy_protocol` as written.
@@ -98,7 +104,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
     let (mut upstreams, mut places) = (Vec::<Upstream>::new(), Vec::<WrittenUpstream<'a>>::new());
     let Some(elements) = section.list("upstreams") else { return (upstreams, places) };
     let span = section.span_of("upstreams");
-    if elements.is_empty() {
+    if section.empty_list("upstreams").is_some() {
         let diagnostic = Diagnostic::error(&span, format!("pool {:?} has no upstream", section.name)).label("empty");
         section.note(diagnostic.help("list where connections go: upstreams = [\"10.0.0.30:80\"]"));
     }
@@ -112,7 +118,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
             Element::Table(table) => read_upstream(table, defaults),
             Element::Text(text) => {
                 let upstream = parsed(section, text).map(|(ip, port)| plain(ip, port, defaults));
-                (upstream, Some(WrittenUpstream { address: text.clone(), tlvs: None }))
+                (upstream, Some(WrittenUpstream { address: text.clone(), tlvs: None, unclear: false }))
             }
         };
         let (Some(upstream), Some(written)) = (upstream, written) else { continue };
@@ -131,7 +137,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
 }
 
 fn parsed(section: &Section<'_>, text: &Text<'_>) -> Option<(IpAddr, Option<u16>)> {
-    address::upstream(text).map_err(|diagnostic| section.note(diagnostic)).ok()
+    address::upstream(text).map_err(|diagnostic| section.note(*diagnostic)).ok()
 }
 
 fn plain(ip: IpAddr, port: Option<u16>, defaults: &PoolDefaults) -> Upstream {
@@ -140,7 +146,7 @@ fn plain(ip: IpAddr, port: Option<u16>, defaults: &PoolDefaults) -> Upstream {
 }
 
 fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Upstream>, Option<WrittenUpstream<'a>>) {
-    table.require("address", "an upstream");
+    table.require("address", "an upstream", "\"10.0.0.30:80\"");
     let tlvs_section = table.table("tlvs");
     let tlvs = tlvs::read(&tlvs_section);
     let weight = table.count("weight");
@@ -157,7 +163,8 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     let upstream = parsed(table, &text);
     let upstream =
         upstream.map(|(ip, port)| Upstream { ip, port, weight, backup, proxy_protocol, max_connections, tlvs });
-    (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section) }))
+    let unclear = table.word_is_wrong("proxy_protocol");
+    (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), unclear }))
 }
 
 fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstream<'_>]) -> Vec<IpAddr> {
@@ -168,7 +175,7 @@ fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstre
                 section.note(Diagnostic::error(&text.span, format!("{:?} stands twice in \"source\"", text.value)));
             }
             Ok(ip) => sources.push(ip),
-            Err(diagnostic) => section.note(diagnostic),
+            Err(diagnostic) => section.note(*diagnostic),
         }
     }
     for (upstream, place) in upstreams.iter().zip(places) {

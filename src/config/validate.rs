@@ -58,15 +58,22 @@ pub(super) fn lenient_admin_bind(text: &str) -> Option<AdminBind> {
 }
 
 fn syntax_error(text: &str, error: &toml::de::Error) -> Diagnostic {
+    let Some(span) = error.span() else {
+        return Diagnostic::file_error(format!("not valid TOML: {}", error.message()));
+    };
+    let at = text.get(span.clone()).unwrap_or("").trim_matches('"');
+    if error.message() == "duplicate key" {
+        let diagnostic = Diagnostic::error(&span, format!("{at:?} is defined twice")).label("again");
+        return diagnostic.help("a table or key stands once in a file: rename or remove one of the two");
+    }
     let message = format!("not valid TOML: {}", error.message().replace('\n', "; "));
-    match error.span() {
-        // An error at the end of the file has nothing to underline: show the last line that has something.
-        Some(span) if span.start >= text.trim_end().len() => {
-            let end = text.trim_end().len();
-            Diagnostic::error(&(end.saturating_sub(1)..end), message)
-        }
-        Some(span) => Diagnostic::error(&span, message),
-        None => Diagnostic::file_error(message),
+    // An error at the end of the file has nothing to underline: show the last line that has something.
+    let end = text.trim_end().len();
+    let span = if span.start >= end { end.saturating_sub(1)..end } else { span };
+    let diagnostic = Diagnostic::error(&span, message);
+    match error.message().contains("must be quoted") && !at.is_empty() {
+        true => diagnostic.help(format!("write {at:?}")),
+        false => diagnostic,
     }
 }
 
@@ -114,6 +121,7 @@ fn log(section: &Section<'_>) -> Log {
         connections: match section.word("connections") {
             "errors" => LogConnections::Errors,
             "off" => LogConnections::Off,
+            "start_and_end" => LogConnections::StartAndEnd,
             _ => LogConnections::All,
         },
     }
@@ -143,7 +151,7 @@ fn check_level(section: &Section<'_>, text: &Text<'_>) {
 fn admin(section: &Section<'_>) -> Admin {
     let text = section.text("bind").expect("it has a default");
     let bind = address::admin_bind(&text).unwrap_or_else(|diagnostic| {
-        section.note(diagnostic);
+        section.note(*diagnostic);
         AdminBind::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
     });
     let token_file = section.text("token_file").and_then(|text| match text.value {
@@ -160,7 +168,10 @@ fn admin(section: &Section<'_>) -> Admin {
         let diagnostic = Diagnostic::error(&text.span, message).label("not a loopback address").if_whole();
         section.note(diagnostic.help("whoever can connect could drain production: write token_file = \"/etc/preface/token\", or bind a loopback address or \"unix:/run/preface/admin.sock\""));
     }
-    Admin { bind, token_file }
+    let probe_bind = section
+        .text("probe_bind")
+        .and_then(|text| address::probe_bind(&text).map_err(|diagnostic| section.note(*diagnostic)).ok());
+    Admin { bind, probe_bind, token_file }
 }
 
 /// What a listener needs of its pool.
@@ -177,7 +188,7 @@ fn check_pool_of(file: &Section<'_>, written: &WrittenListener<'_>, pools: &[Wri
             None => diagnostic.label("not defined").help(format!("defined pools: {}", quoted(&names))),
         });
     };
-    if tlvs::any(&written.listener.tlvs) && !pool.has_v2() && !pool.upstreams.is_empty() {
+    if tlvs::any(&written.listener.tlvs) && !pool.takes_tlvs() {
         file.note(tlvs_without_v2(&written.tlvs, &format!("listener {:?}", written.listener.name), pool));
     }
     check_loops_and_ports(file, written, pool);
@@ -241,12 +252,12 @@ fn check_loops_and_ports(file: &Section<'_>, written: &WrittenListener<'_>, pool
 /// What a pool is to all listeners.
 fn check_pool(file: &Section<'_>, written: &WrittenPool<'_>, listeners: &[WrittenListener<'_>]) {
     let pool = &written.pool;
-    if tlvs::any(&pool.tlvs) && !written.has_v2() && !written.upstreams.is_empty() {
+    if tlvs::any(&pool.tlvs) && !written.takes_tlvs() {
         file.note(tlvs_without_v2(&written.tlvs, &format!("pool {:?}", pool.name), written));
     }
     for (upstream, place) in pool.upstreams.iter().zip(&written.upstreams) {
         let Some(section) = place.tlvs.as_ref().filter(|_| tlvs::any(&upstream.tlvs)) else { continue };
-        if upstream.proxy_protocol != Some(Version::V2) {
+        if upstream.proxy_protocol != Some(Version::V2) && !written.unclear {
             let gets = if upstream.proxy_protocol.is_some() { "v1" } else { "no header" };
             let message = format!("upstream {:?} has TLVs, and gets {gets}", place.address.value);
             let diagnostic = Diagnostic::error(&section.span, message).label("only v2 carries TLVs");

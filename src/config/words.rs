@@ -1,0 +1,78 @@
+//! PURE. The configuration's values in the words of the file: for logs, status and the report of a reload.
+
+use std::fmt;
+
+use super::{
+    AdminBind, Balance, Bind, CheckCommand, CheckHeader, LogConnections, LogFormat, OnUnhealthy, Upstream, Version,
+    WhenNoneHealthy,
+};
+
+macro_rules! words {
+    ($($type:ident { $($variant:pat => $word:literal),+ $(,)? })+) => {
+        $(
+            impl $type {
+                /// The word in the file.
+                pub fn as_str(self) -> &'static str {
+                    match self { $($variant => $word),+ }
+                }
+            }
+
+            impl fmt::Display for $type {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str(self.as_str())
+                }
+            }
+        )+
+    };
+}
+
+words! {
+    LogFormat { LogFormat::Text => "text", LogFormat::Json => "json" }
+    LogConnections { LogConnections::All => "all", LogConnections::Errors => "errors", LogConnections::Off => "off", LogConnections::StartAndEnd => "start_and_end" }
+    Balance {
+        Balance::RoundRobin => "round_robin",
+        Balance::LeastConnections => "least_connections",
+        Balance::RandomTwo => "random_two",
+    }
+    OnUnhealthy { OnUnhealthy::Keep => "keep", OnUnhealthy::Close => "close" }
+    WhenNoneHealthy { WhenNoneHealthy::UseAll => "use_all", WhenNoneHealthy::Refuse => "refuse" }
+    CheckHeader {
+        CheckHeader::Same => "same",
+        CheckHeader::Off => "off",
+        CheckHeader::Version(Version::V1) => "v1",
+        CheckHeader::Version(Version::V2) => "v2",
+    }
+    CheckCommand {
+        CheckCommand::Local => "local",
+        CheckCommand::Proxy => "proxy",
+        CheckCommand::Unknown => "unknown",
+    }
+}
+
+impl fmt::Display for AdminBind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminBind::Tcp(address) => address.fmt(f),
+            AdminBind::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for Bind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.any {
+            true => write!(f, ":{}", self.address.port()),
+            false => self.address.fmt(f),
+        }
+    }
+}
+
+/// Its address: `10.0.0.30:80`, or `10.0.0.30` where the port is the listener's.
+impl fmt::Display for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            Some(port) => std::net::SocketAddr::new(self.ip, port).fmt(f),
+            None => self.ip.fmt(f),
+        }
+    }
+}
