@@ -43,6 +43,8 @@ pub enum Message {
     Unlisten {
         /// As in `Listen`.
         slot: usize,
+        /// Told when the socket is closed.
+        closed: oneshot::Sender<()>,
     },
     /// Connections accepted from now on use this keepalive.
     Keepalive {
@@ -126,9 +128,14 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>) {
                     tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
                 }
             },
-            Message::Unlisten { slot } => {
-                if let Some((acceptor, _)) = acceptors.remove(&slot) {
+            Message::Unlisten { slot, closed } => {
+                if let Some((acceptor, task)) = acceptors.remove(&slot) {
                     acceptor.retire.notify_one();
+                    drop(acceptor);
+                    tokio::task::spawn_local(async move {
+                        let _ = task.await;
+                        let _ = closed.send(());
+                    });
                 }
             }
             Message::Keepalive { slot, keepalive } => {

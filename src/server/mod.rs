@@ -143,6 +143,7 @@ fn start_state(
         reloads: [0; 3],
         touched: HashSet::new(),
         joined: HashSet::new(),
+        closing: Vec::new(),
         next_slot: 0,
         unresponsive: 0,
         access: Arc::default(),

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
+use tokio::sync::oneshot::{self, error::TryRecvError};
+use tokio::time::timeout_at;
 
 use crate::admin::guard::Access;
 use crate::config::error::Style;
@@ -30,6 +32,9 @@ pub fn parse(path: &Path, content: &[u8]) -> Result<(Parsed, String), Vec<String
         Err(errors) => Err(errors.render(Style::Plain)),
     }
 }
+
+/// A reload waits this long at most for sockets of an earlier one to close; they take 0.1 s.
+const CLOSING_MAX: Duration = Duration::from_secs(1);
 
 /// An address that a reload has bound and nobody can connect to yet.
 struct Bound {
@@ -80,6 +85,7 @@ impl State {
 
     /// Puts a configuration in force, or says why it can't be; then nothing has changed.
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
+        self.wait_for_closing(&new).await;
         let bound = self.bind(&new)?;
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
@@ -89,11 +95,11 @@ impl State {
         }
         self.carry_over(&old);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
-        let mut gone: Vec<usize> = Vec::new();
+        let mut gone: Vec<(SocketAddr, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
             let stays = wanted.contains(key);
             if !stays {
-                gone.push(*slot);
+                gone.push((key.0, *slot));
             }
             stays
         });
@@ -177,6 +183,11 @@ impl State {
                 inputs.lives.remove(&before).map(|life| inputs.lives.insert(key.clone(), life));
                 inputs.health.remove(&before).map(|health| inputs.health.insert(key.clone(), health));
                 inputs.admin.remove(&before).map(|admin| inputs.admin.insert(key.clone(), admin));
+                let named = self.deadlines.iter_mut().filter_map(|(_, deadline)| deadline.key_mut());
+                named.filter(|named| **named == before).for_each(|named| *named = key.clone());
+                if self.joined.remove(&before) {
+                    self.joined.insert(key.clone());
+                }
             }
         }
         let now = Instant::now();
@@ -237,11 +248,27 @@ impl State {
         }
     }
 
-    async fn close(&self, gone: &[usize]) {
-        for slot in gone {
+    async fn close(&mut self, gone: &[(SocketAddr, usize)]) {
+        for (address, slot) in gone {
             for worker in &self.workers {
-                worker.send(Message::Unlisten { slot: *slot }).await;
+                let (closed, closing) = oneshot::channel();
+                worker.send(Message::Unlisten { slot: *slot, closed }).await;
+                self.closing.push((*address, closing));
             }
+        }
+    }
+
+    /// An address that left a moment ago and comes back would find its own port taken: its sockets still serve what was
+    /// queued, and refuse handshakes that the new ones should get.
+    async fn wait_for_closing(&mut self, new: &Config) {
+        self.closing.retain_mut(|(_, closing)| matches!(closing.try_recv(), Err(TryRecvError::Empty)));
+        let keys = self.socket_keys(new).into_keys().filter(|key| !self.inputs.slots.contains_key(key));
+        let ports: HashSet<u16> = keys.map(|(address, _)| address.port()).collect();
+        let awaited = self.closing.extract_if(.., |(address, _)| ports.contains(&address.port()));
+        let deadline = tokio::time::Instant::now() + CLOSING_MAX;
+        for (_, closing) in awaited.collect::<Vec<_>>() {
+            // A worker that is late is found out by the bind.
+            let _ = timeout_at(deadline, closing).await;
         }
     }
 

@@ -51,6 +51,18 @@ impl Deadline {
     pub fn is_removal_of(&self, removed: &Arc<UpstreamLife>) -> bool {
         matches!(self, Deadline::DrainOver { life, order: None } if Arc::ptr_eq(life, removed))
     }
+
+    fn is_ordered_for(&self, upstream: &UpstreamKey) -> bool {
+        matches!(self, Deadline::DrainOver { order: Some(key), .. } if key == upstream)
+    }
+
+    /// The upstream that it names, if it has one to name.
+    pub fn key_mut(&mut self) -> Option<&mut UpstreamKey> {
+        match self {
+            Deadline::DrainOver { order, .. } => order.as_mut(),
+            Deadline::Readmit(key) | Deadline::SlowStart(key) => Some(key),
+        }
+    }
 }
 
 /// The control thread's state.
@@ -81,6 +93,8 @@ pub struct State {
     pub touched: HashSet<String>,
     /// Upstreams that joined by a reload and were not healthy yet: their slow start begins when they are.
     pub joined: HashSet<UpstreamKey>,
+    /// Addresses that left the configuration, until each worker has closed its socket.
+    pub closing: Vec<(SocketAddr, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
     /// Workers that did not answer in time.
@@ -303,6 +317,8 @@ impl State {
             }
             self.touched.insert(key.pool.clone());
             upstreams.push((key.address, u64::from(life.open())));
+            // The last order counts, with its time or without one.
+            self.deadlines.retain(|(_, deadline)| !deadline.is_ordered_for(&key));
             if let (AdminState::Draining, Some(timeout)) = (order.state, order.timeout) {
                 let life = Arc::clone(&life);
                 self.deadlines.push((Instant::now() + timeout, Deadline::DrainOver { life, order: Some(key) }));

@@ -5,15 +5,18 @@
 
 mod support;
 
+mod admin_orders;
 mod cli;
 mod codec;
 mod config;
 mod hostile;
+mod load;
 mod measured;
 mod netns;
 mod pools;
 mod readme;
 mod receivers;
+mod reload;
 mod requested;
 mod tidy;
 mod traffic;

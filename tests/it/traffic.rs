@@ -142,7 +142,7 @@ fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<usize> {
 }
 
 /// Stops the balancer in its tracks, so that what happens meanwhile is there already when it looks.
-fn while_stopped<T>(balancer: &Balancer, work: impl FnOnce() -> T) -> T {
+pub fn while_stopped<T>(balancer: &Balancer, work: impl FnOnce() -> T) -> T {
     balancer.signal(Signal::STOP);
     let tasks = format!("/proc/{}/task", balancer.id());
     let is_stopped = |task: std::io::Result<std::fs::DirEntry>| {
