@@ -185,9 +185,9 @@ fn string(text: &str, before: Option<char>) -> Option<usize> {
         let end = format!("\"{hashes}");
         return Some(text.len() - body.len() + body.find(&end).map_or(body.len(), |at| at + end.len()));
     }
-    if text.starts_with('\'') {
-        // A character; a lifetime has no closing quote so soon.
-        let mut characters = text[1..].char_indices();
+    if let Some(character) = text.strip_prefix('\'') {
+        // A lifetime has no closing quote so soon.
+        let mut characters = character.char_indices();
         let (_, first) = characters.next()?;
         if first == '\\' {
             return text[3..].find('\'').map(|at| at + 4);
