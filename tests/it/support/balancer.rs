@@ -1,7 +1,6 @@
 //! The program under test, as its user runs it: a configuration file, a process, an admin socket.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;

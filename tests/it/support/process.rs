@@ -1,8 +1,9 @@
 //! A child process with its output read as it comes; killed, by its own id, when the test is done with it.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::DEADLINE;
@@ -20,7 +21,9 @@ struct Lines {
 }
 
 impl Output {
-    fn read(stream: impl Read + Send + 'static) -> Output {
+    fn read(stream: impl Read + AsFd + Send + 'static) -> Output {
+        // As large as goes without privilege: HAProxy drops lines that find its pipe full.
+        let _ = rustix::pipe::fcntl_setpipe_size(&stream, 1 << 20);
         let output = Output::default();
         let writer = output.clone();
         std::thread::spawn(move || {
@@ -37,13 +40,13 @@ impl Output {
     }
 
     fn change(&self, change: impl FnOnce(&mut Lines)) {
-        change(&mut self.shared.0.lock().expect("no reader panics"));
+        change(&mut self.shared.0.lock().unwrap_or_else(PoisonError::into_inner));
         self.shared.1.notify_all();
     }
 
     /// All lines so far.
     pub fn lines(&self) -> Vec<String> {
-        self.shared.0.lock().expect("no reader panics").lines.clone()
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).lines.clone()
     }
 
     /// All lines so far as one text.
@@ -61,9 +64,12 @@ impl Output {
     #[track_caller]
     pub fn wait_for_count(&self, what: &str, count: usize, found: impl Fn(&str) -> bool) -> Vec<String> {
         let end = Instant::now() + DEADLINE;
-        let mut lines = self.shared.0.lock().expect("no reader panics");
+        let mut lines = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut matching, mut looked_at) = (Vec::new(), 0);
         loop {
-            let matching: Vec<String> = lines.lines.iter().filter(|line| found(line)).cloned().collect();
+            // Each line is looked at once: a reader that is kept waiting lets its program drop lines.
+            matching.extend(lines.lines[looked_at..].iter().filter(|line| found(line)).cloned());
+            looked_at = lines.lines.len();
             if matching.len() >= count {
                 return matching;
             }
@@ -71,16 +77,19 @@ impl Output {
             let (seen, total) = (matching.len(), lines.lines.len());
             assert!(!left.is_zero(), "waited {DEADLINE:?} in vain for {count} lines ({what}), saw {seen} of {total}");
             assert!(!lines.ended, "the output ended before {count} lines ({what}), saw {seen} of {total}");
-            lines = self.shared.1.wait_timeout(lines, left).expect("no reader panics").0;
+            lines = self.shared.1.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Waits until the stream has ended, and returns all of it.
     #[track_caller]
     pub fn wait_for_end(&self) -> Vec<String> {
-        let lines = self.shared.0.lock().expect("no reader panics");
-        let (lines, timeout) =
-            self.shared.1.wait_timeout_while(lines, DEADLINE, |lines| !lines.ended).expect("no reader panics");
+        let lines = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (lines, timeout) = self
+            .shared
+            .1
+            .wait_timeout_while(lines, DEADLINE, |lines| !lines.ended)
+            .unwrap_or_else(PoisonError::into_inner);
         assert!(!timeout.timed_out(), "the output did not end within {DEADLINE:?}");
         lines.lines.clone()
     }
