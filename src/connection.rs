@@ -19,7 +19,7 @@ use crate::drain::{OpenConnection, OpenConnections};
 use crate::log::{self, ConnectionLine};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
-use crate::pool::{Lease, PickError, Pool, UpstreamLife};
+use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
 use crate::proxy_protocol::Version;
 use crate::relay::{self, Early, Observer, Scratch};
 use crate::snapshot::{Listener, ListenerLife, Snapshot};
@@ -27,6 +27,9 @@ use crate::termination::Termination;
 
 /// Before the only upstream there is gets another try.
 const RETRY_SAME_DELAY: Duration = Duration::from_millis(100);
+
+/// An attempt that has this much less than `connect_timeout` counts as a whole one.
+const DEADLINE_SLACK: Duration = Duration::from_millis(50);
 
 /// What all connections of one worker share.
 pub struct Shared {
@@ -64,6 +67,18 @@ impl Shared {
     /// Reads the snapshot in force.
     pub fn with_snapshot<T>(&self, read: impl FnOnce(&Snapshot) -> T) -> T {
         read(self.cache.borrow_mut().load())
+    }
+
+    /// Takes the listener that stands in this slot now. An address that just left the configuration is served as it
+    /// last was until it is closed.
+    pub fn refresh(&self, slot: usize, listener: &mut Arc<Listener>) {
+        self.with_snapshot(|snapshot| {
+            if let Some(current) = snapshot.slots.get(&slot)
+                && !Arc::ptr_eq(current, listener)
+            {
+                *listener = Arc::clone(current);
+            }
+        });
     }
 
     /// Adds what was carried since the last call to the counters of listeners and upstreams.
@@ -149,6 +164,13 @@ impl Entry {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
+    }
+}
+
+impl Entry {
+    /// Completes when it is ordered to end.
+    async fn ordered(&self) -> Termination {
+        poll_fn(|cx| self.poll_ordered(cx).map_or(Poll::Pending, Poll::Ready)).await
     }
 }
 
@@ -299,7 +321,7 @@ fn connection_id() -> String {
 }
 
 /// Serves one admitted connection to its end.
-pub async fn serve(client: Stream, bound: SocketAddr, listener: Arc<Listener>, mut record: Record) {
+pub async fn serve(client: Stream, bound: SocketAddr, slot: usize, listener: Arc<Listener>, mut record: Record) {
     // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
     let local = if bound.ip().is_unspecified() { client.local_address() } else { Ok(bound) };
     let Ok(local) = local else {
@@ -308,12 +330,10 @@ pub async fn serve(client: Stream, bound: SocketAddr, listener: Arc<Listener>, m
         return;
     };
     record.local = Some(local);
-    record.pool = Some(Arc::clone(&listener.pool.name));
     let idle_timeout = listener.config.idle_timeout;
     let mut early = Early::default();
-    let reached = reach(&client, local, &listener, &mut record, &mut early).await;
-    // From here on nothing of the snapshot is held: it may be replaced a thousand times while bytes flow.
-    drop(listener);
+    // Nothing of the snapshot is held after this: it may be replaced a thousand times while bytes flow.
+    let reached = reach(&client, local, slot, listener, &mut record, &mut early).await;
     let (upstream, _lease) = match reached {
         Ok(reached) => reached,
         Err(termination) => {
@@ -331,62 +351,113 @@ pub async fn serve(client: Stream, bound: SocketAddr, listener: Arc<Listener>, m
 async fn reach(
     client: &Stream,
     local: SocketAddr,
-    listener: &Listener,
+    slot: usize,
+    mut listener: Arc<Listener>,
     record: &mut Record,
     early: &mut Early,
 ) -> Result<(Stream, Lease), Termination> {
-    let pool = &listener.pool;
-    let deadline = Instant::now() + pool.config.connect_deadline;
-    let mut tried = Vec::new();
-    let mut failure = None;
-    for _ in 0..=pool.config.retries {
-        let mut picked = pool.pick(&tried);
+    let deadline = Instant::now() + listener.pool.config.connect_deadline;
+    let mut attempts = Attempts::default();
+    for _ in 0..=listener.pool.config.retries {
+        // An attempt may come seconds after the accept: what was taken out since then must not get it.
+        record.shared.refresh(slot, &mut listener);
+        let mut picked = attempts.pick(&listener.pool);
         if matches!(picked, Err(PickError::Tried)) {
             if Instant::now() + RETRY_SAME_DELAY >= deadline {
                 break;
             }
             sleep(RETRY_SAME_DELAY).await;
-            tried.clear();
-            picked = pool.pick(&tried);
+            record.shared.refresh(slot, &mut listener);
+            attempts.tried.clear();
+            picked = attempts.pick(&listener.pool);
         }
         let picked = match picked {
             Ok(picked) => picked,
-            Err(PickError::None) => return Err(failure.unwrap_or(Termination::NoUpstream)),
-            Err(_) => return Err(failure.unwrap_or(Termination::UpstreamsFull)),
+            Err(PickError::None) => return Err(attempts.failure.unwrap_or(Termination::NoUpstream)),
+            Err(_) => return Err(attempts.failure.unwrap_or(Termination::UpstreamsFull)),
         };
-        record.attempts += 1;
-        *record.entry.upstream.borrow_mut() = Some(Arc::clone(picked.lease.life()));
-        let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(Instant::now()));
-        let begun = Instant::now();
-        match connect(&record.shared, pool, picked.lease.life(), listener.config.keepalive, attempt_timeout).await {
-            Ok(upstream) => {
-                let connected = begun.elapsed();
-                let plan = &listener.headers[pool.upstreams[picked.index].entry];
-                match introduce(client, &upstream, local, plan, record, early).await {
-                    Ok(()) => {
-                        picked.lease.life().connect_succeeded();
-                        record.connect = Some(connected);
-                        record.header = Some(plan.version.map_or("off", Version::as_str));
-                        if let Some(version) = plan.version {
-                            record.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
-                        }
-                        return Ok((upstream, picked.lease));
-                    }
-                    // Not a byte was taken: another upstream may have the whole.
-                    Err(_) => {
-                        count_failure(&record.shared, pool, picked.lease.life());
-                        failure = Some(Termination::UpstreamResetHeader);
-                    }
+        match attempt(client, local, &listener, &picked, deadline, record, early).await {
+            Ok(upstream) => return Ok((upstream, picked.lease)),
+            Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
+            Err(termination) => {
+                let life = Arc::clone(picked.lease.life());
+                // An order is about this upstream: it is not tried again, but another one may have the connection.
+                if record.entry.ordered.take().is_some() {
+                    attempts.barred.push(Arc::clone(&life));
                 }
+                attempts.tried.push(life);
+                attempts.failure = Some(termination);
             }
-            Err(termination) => failure = Some(termination),
         }
-        tried.push(picked.index);
         if Instant::now() >= deadline {
             break;
         }
     }
-    Err(failure.unwrap_or(Termination::UpstreamTimeout))
+    Err(attempts.failure.unwrap_or(Termination::UpstreamTimeout))
+}
+
+/// Where a connection has been refused so far.
+#[derive(Default)]
+struct Attempts {
+    /// Tried in this round: others come first.
+    tried: Vec<Arc<UpstreamLife>>,
+    /// Not tried again at all.
+    barred: Vec<Arc<UpstreamLife>>,
+    /// How the last one failed.
+    failure: Option<Termination>,
+}
+
+impl Attempts {
+    fn pick(&self, pool: &Pool) -> Result<Picked, PickError> {
+        if self.tried.is_empty() && self.barred.is_empty() {
+            return pool.pick(&[]);
+        }
+        // By their lives: a reload in between may have moved their indices.
+        let excluded =
+            |life: &Arc<UpstreamLife>| self.tried.iter().chain(&self.barred).any(|tried| Arc::ptr_eq(tried, life));
+        let upstreams = pool.upstreams.iter().enumerate();
+        let tried: Vec<usize> =
+            upstreams.filter(|(_, upstream)| excluded(&upstream.life)).map(|(index, _)| index).collect();
+        pool.pick(&tried)
+    }
+}
+
+/// One attempt: connect, then introduce.
+async fn attempt(
+    client: &Stream,
+    local: SocketAddr,
+    listener: &Listener,
+    picked: &Picked,
+    deadline: Instant,
+    record: &mut Record,
+    early: &mut Early,
+) -> Result<Stream, Termination> {
+    let (pool, life) = (&listener.pool, picked.lease.life());
+    record.attempts += 1;
+    record.pool = Some(Arc::clone(&pool.name));
+    *record.entry.upstream.borrow_mut() = Some(Arc::clone(life));
+    let begun = Instant::now();
+    let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(begun));
+    let entry = Rc::clone(&record.entry);
+    let upstream = tokio::select! {
+        biased;
+        termination = entry.ordered() => return Err(termination),
+        connected = connect(&record.shared, pool, life, listener.config.keepalive, attempt_timeout) => connected?,
+    };
+    let connect_time = begun.elapsed();
+    let plan = &listener.headers[pool.upstreams[picked.index].entry];
+    if introduce(client, &upstream, local, plan, record, early).await.is_err() {
+        // Not a byte was taken: another upstream may have the whole.
+        count_failure(&record.shared, pool, life);
+        return Err(Termination::UpstreamResetHeader);
+    }
+    life.connect_succeeded();
+    record.connect = Some(connect_time);
+    record.header = Some(plan.version.map_or("off", Version::as_str));
+    if let Some(version) = plan.version {
+        record.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(upstream)
 }
 
 /// One attempt to connect. Counts its failure against the upstream, unless it was ours.
@@ -419,8 +490,9 @@ async fn connect(
         }
         Err(_) => {
             tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = "timeout");
-            // What the deadline cut short says nothing about the upstream.
-            if attempt_timeout < pool.config.connect_timeout {
+            // What the deadline cut short says nothing about the upstream. The slack is for an attempt that had all the
+            // time there is: connect_timeout may equal connect_deadline.
+            if attempt_timeout + DEADLINE_SLACK < pool.config.connect_timeout {
                 return Err(Termination::UpstreamTimeout);
             }
             Termination::UpstreamTimeout

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use socket2::Socket;
@@ -14,7 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::connection::Shared;
-use crate::control;
+use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::{self, Acceptor};
 use crate::log;
@@ -80,6 +80,7 @@ impl Worker {
         open: Arc<OpenConnections>,
         control: control::Handle,
         log: log::Sender,
+        probes: Arc<Probes>,
     ) -> io::Result<Worker> {
         let (inbox, messages) = mpsc::channel(INBOX_MAX);
         let (started, outcome) = std::sync::mpsc::channel();
@@ -90,7 +91,9 @@ impl Worker {
             match runtime {
                 Ok(runtime) => {
                     let _ = started.send(Ok(()));
-                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages));
+                    let alive = || probes.worker_answered(number, Instant::now());
+                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages, alive));
+                    probes.worker_ended(number);
                 }
                 Err(error) => drop(started.send(Err(error))),
             }
@@ -114,7 +117,7 @@ impl Worker {
     }
 }
 
-async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>) {
+async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: impl Fn()) {
     let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
     while let Some(message) = messages.recv().await {
         match message {
@@ -147,6 +150,8 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>) {
             }
             Message::Collect(reply) => {
                 shared.fold();
+                // Counts also when the control thread no longer waits for it.
+                alive();
                 let _ = reply.send(());
             }
             Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),

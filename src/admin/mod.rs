@@ -55,6 +55,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The control thread has this long for an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest time that a drain may be given: a year, as for every duration of the configuration.
+const ORDER_TIMEOUT_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Accepting goes on this long after it failed: descriptors come back.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -304,6 +307,9 @@ fn order_timeout(query: Queried, state: AdminState) -> Result<Option<Duration>, 
     }
     let timeout = humantime::parse_duration(&text)
         .map_err(|error| refused(format!("{text:?} is not a time ({error}); write 30s or 1h30m")))?;
+    if timeout > ORDER_TIMEOUT_MAX {
+        return Err(refused(format!("{text:?} is longer than a year; leave timeout out to drain without a deadline")));
+    }
     Ok(Some(timeout))
 }
 

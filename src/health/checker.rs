@@ -200,7 +200,10 @@ async fn run(target: Target, handle: control::Handle, shared: Arc<Shared>) {
             Some(outcome) => shared.take_in(outcome, &target, started, Instant::now()),
             None => (shared.take_ejection(), started),
         };
-        if let Some((health, reason)) = change {
+        // A report of the task before may have been lost with it: the first one says what stands, changed or not.
+        let stands = || Some(shared.state.lock().expect(NO_PANIC).health()).filter(|health| *health != Health::Unknown);
+        let first = || stands().filter(|_| turn == 0).map(|health| (health, "as it was before the reload".to_owned()));
+        if let Some((health, reason)) = change.or_else(first) {
             let observation = Observation { key: target.key.clone(), health, reason };
             if handle.observed(vec![observation]).await.is_err() {
                 return;
@@ -409,6 +412,8 @@ mod tests {
         target.check.probe = Probe::Http { path: "/".into(), host: None, expect_status: vec![(404, 404)] };
         checker.retarget(target);
         assert_eq!(checker.health(), Health::Healthy);
+        // Said again, because a report of the first task may have been lost with it.
+        assert_eq!(observed(&mut commands).await, (Health::Healthy, "as it was before the reload".into()));
         assert_eq!(observed(&mut commands).await, (Health::Unhealthy, "status 200, expected 404".into()));
         assert_eq!((checker.stats().passed(), checker.stats().failed()), (1, 2));
     }

@@ -80,27 +80,20 @@ async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Ar
             accepted => accepted.map(Some),
         });
         let Some(accepted) = next.await else { break };
-        // An address that just left the configuration is served as it last was until it is closed.
-        shared.with_snapshot(|snapshot| {
-            if let Some(current) = snapshot.slots.get(&acceptor.slot)
-                && !Arc::ptr_eq(current, listener)
-            {
-                *listener = Arc::clone(current);
-            }
-        });
-        admit(shared, accepted?, acceptor.bound, listener);
+        shared.refresh(acceptor.slot, listener);
+        admit(shared, accepted?, acceptor, listener);
     }
     Ok(())
 }
 
 fn accept_queued(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &Arc<Listener>) {
     while let Ok(accepted) = acceptor.listening.try_accept() {
-        admit(shared, accepted, acceptor.bound, listener);
+        admit(shared, accepted, acceptor, listener);
     }
 }
 
 /// Starts a connection, or resets it at once if a rule or a limit is against it.
-fn admit(shared: &Rc<Shared>, accepted: Accepted, bound: SocketAddr, listener: &Arc<Listener>) {
+fn admit(shared: &Rc<Shared>, accepted: Accepted, acceptor: &Acceptor, listener: &Arc<Listener>) {
     let (life, config) = (&listener.life, &listener.config);
     let client = accepted.client;
     life.accepted.fetch_add(1, Ordering::Relaxed);
@@ -127,7 +120,13 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, bound: SocketAddr, listener: &
     }
     match Stream::new(accepted.fd) {
         Ok(stream) => {
-            tokio::task::spawn_local(connection::serve(stream, bound, Arc::clone(listener), record));
+            tokio::task::spawn_local(connection::serve(
+                stream,
+                acceptor.bound,
+                acceptor.slot,
+                Arc::clone(listener),
+                record,
+            ));
         }
         Err(_) => record.end(Termination::LocalResources),
     }

@@ -27,7 +27,11 @@ impl Stream {
     /// Takes an accepted, non-blocking socket into the current runtime.
     pub fn new(fd: OwnedFd) -> io::Result<Stream> {
         // SAFETY: an OwnedFd refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE)? } })
+        Ok(Stream {
+            fd: unsafe {
+                AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?
+            },
+        })
     }
 
     /// Starts to connect; `connected` tells the outcome.
@@ -74,7 +78,7 @@ impl Stream {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
             match rustix::net::recv(self.fd.get_ref(), &mut *buffer, RecvFlags::empty()) {
                 Ok((_, count)) => {
-                    if count > 0 && count < buffer.len() {
+                    if count > 0 && count < buffer.len() && !self.has_urgent_data() {
                         ready.clear_ready();
                     }
                     return Poll::Ready(Ok(count));
@@ -84,6 +88,12 @@ impl Stream {
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
         }
+    }
+
+    /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then.
+    fn has_urgent_data(&self) -> bool {
+        // Looks at the readiness that epoll reported and makes no system call.
+        self.fd.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
     }
 
     /// Writes once. A short write means that the socket is full now.

@@ -170,11 +170,13 @@ impl Pool {
 
     /// The next upstream that has room and is not in `tried`.
     pub fn pick(&self, tried: &[usize]) -> Result<Picked, PickError> {
+        // One step a pick, however many tiers it falls through: else the later ones would see every second turn only.
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let mut outcome = PickError::None;
         for tier in &self.tiers {
             let picked = match self.config.balance {
-                Balance::RoundRobin => self.pick_in_turn(tier, tried),
-                Balance::LeastConnections => self.pick_least(tier, tried),
+                Balance::RoundRobin => self.pick_in_turn(tier, tried, turn),
+                Balance::LeastConnections => self.pick_least(tier, tried, turn),
                 Balance::RandomTwo => self.pick_of_two(tier, tried),
             };
             match picked {
@@ -187,8 +189,7 @@ impl Pool {
         Err(outcome)
     }
 
-    fn pick_in_turn(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
-        let start = self.turn.fetch_add(1, Ordering::Relaxed);
+    fn pick_in_turn(&self, tier: &Tier, tried: &[usize], start: usize) -> Result<Picked, PickError> {
         self.first_with_room(
             tier,
             tried,
@@ -196,8 +197,7 @@ impl Pool {
         )
     }
 
-    fn pick_least(&self, tier: &Tier, tried: &[usize]) -> Result<Picked, PickError> {
-        let start = self.turn.fetch_add(1, Ordering::Relaxed);
+    fn pick_least(&self, tier: &Tier, tried: &[usize], start: usize) -> Result<Picked, PickError> {
         for _ in 0..RESCANS_MAX {
             let mut outcome = PickError::Full;
             let mut best: Option<(usize, (u32, u32))> = None;
@@ -388,6 +388,24 @@ mod tests {
                 assert_eq!(pool.pick(&[0, 1]).unwrap().index, 2, "{balance}");
             }
             assert_eq!(pool.pick(&[0, 1, 2]).unwrap_err(), PickError::Tried, "{balance}");
+        }
+    }
+
+    #[test]
+    fn an_overflow_reaches_every_backup() {
+        for balance in ["round_robin", "least_connections"] {
+            let mut upstreams = pool(balance, &[(1, 1), (1, 0), (1, 0)]);
+            let mut members = std::mem::take(&mut upstreams.upstreams);
+            members[1].candidate.backup = true;
+            members[2].candidate.backup = true;
+            let pool = Pool::new(Arc::clone(&upstreams.config), members, Arc::default());
+            let first = pool.pick(&[]).unwrap();
+            assert_eq!(first.index, 0, "{balance}");
+            let mut counts = [0; 3];
+            for _ in 0..40 {
+                counts[pool.pick(&[]).unwrap().index] += 1;
+            }
+            assert_eq!(counts, [0, 20, 20], "{balance}");
         }
     }
 

@@ -35,7 +35,7 @@ use state::State;
 use watch::{ContentHash, Watch};
 
 /// Between signs of life of the workers, and between additions of what they carried.
-const TICK: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_secs(3);
 /// Connections that are reset at the end have this long to be counted and logged.
 const LAST_RESETS: Duration = Duration::from_secs(1);
 
@@ -111,10 +111,11 @@ fn start_state(
         0 => limits::default_workers(),
         count => count,
     };
+    let probes = Arc::new(Probes::new(count, Instant::now()));
     let mut workers = Vec::with_capacity(count);
     for number in 0..count {
         let (snapshot, open) = (Arc::clone(&snapshot), Arc::clone(&open));
-        let worker = Worker::start(number, snapshot, open, handle.clone(), log.sender());
+        let worker = Worker::start(number, snapshot, open, handle.clone(), log.sender(), Arc::clone(&probes));
         workers.push(worker.context("cannot start a worker thread; see ulimit -u and the cgroup's pids.max")?);
     }
     let nothing = Config { listeners: BTreeMap::new(), pools: BTreeMap::new(), ..config.clone() };
@@ -136,7 +137,7 @@ fn start_state(
         next_slot: 0,
         unresponsive: 0,
         access: Arc::default(),
-        probes: Arc::new(Probes::new(count, Instant::now())),
+        probes,
         log,
         handle,
         open,

@@ -1,9 +1,10 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
@@ -195,6 +196,7 @@ impl State {
             self.joined.remove(key);
             self.inputs.health.remove(key);
             self.inputs.admin.remove(key);
+            self.deadlines.retain_mut(|(_, deadline)| deadline.key_mut().is_none_or(|named| named != key));
             if let Some(life) = self.inputs.lives.remove(key)
                 && let Some(pool) = old.pools.get(&key.pool)
             {
@@ -217,17 +219,25 @@ impl State {
                 _ => {}
             }
         }
-        self.drop_health_of_other_checks(old);
+        self.drop_health_of_other_checks(old, &renamed);
         self.inputs.turns.retain(|(name, _), _| self.config.pools.contains_key(name));
-        self.inputs.listener_lives.retain(|name, _| self.config.listeners.contains_key(name));
+        let listeners = &self.config.listeners;
+        // A listener that comes back while its connections are open goes on counting them.
+        self.inputs.listener_lives.retain(|name, life| listeners.contains_key(name) || life.open.load(Relaxed) > 0);
     }
 
     /// A pool that is checked from now on starts as unknown; one that isn't any more is healthy.
-    fn drop_health_of_other_checks(&mut self, old: &Config) {
+    fn drop_health_of_other_checks(&mut self, old: &Config, renamed: &HashMap<String, String>) {
         for (name, pool) in &self.config.pools {
-            let checked_before = old.pools.get(name).map(|pool| pool.health_check.is_some());
+            let old_name = renamed.get(name).unwrap_or(name);
+            let checked_before = old.pools.get(old_name).map(|pool| pool.health_check.is_some());
             if checked_before.is_some_and(|before| before != pool.health_check.is_some()) {
                 self.inputs.health.retain(|key, _| key.pool != *name);
+                // What was to happen to that health is off, too.
+                self.deadlines.retain_mut(|(_, deadline)| {
+                    matches!(deadline, Deadline::DrainOver { .. })
+                        || deadline.key_mut().is_none_or(|key| key.pool != *name)
+                });
             }
         }
     }

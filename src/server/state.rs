@@ -144,7 +144,8 @@ impl State {
     /// A checker decided: record it, log the flip, and do what the pool says.
     pub async fn observed(&mut self, observation: Observation) {
         let Observation { key, health, reason } = observation;
-        if !self.inputs.lives.contains_key(&key) {
+        // What a checker said before it was stopped counts no more.
+        if !self.inputs.lives.contains_key(&key) || !self.checkers.contains_key(&key) {
             return;
         }
         self.set_health(key, health, reason).await;
@@ -178,15 +179,17 @@ impl State {
         {
             life.failed_connects.store(0, Ordering::Relaxed);
         }
+        self.touched.insert(key.pool.clone());
+        let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };
+        self.inputs.health.insert(key, record);
         if health == Health::Unhealthy
             && pool.on_unhealthy == OnUnhealthy::Close
             && let Some(life) = life
         {
+            // Nothing new goes there before what is open is ended.
+            self.publish();
             self.end(Some(life), Termination::Unhealthy).await;
         }
-        self.touched.insert(key.pool.clone());
-        let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };
-        self.inputs.health.insert(key, record);
     }
 
     /// Failed connects in a row: out at once, unless it is the last usable one.
@@ -259,7 +262,8 @@ impl State {
                     }
                 }
                 Deadline::Readmit(key) => {
-                    if self.inputs.lives.contains_key(&key) && self.health_of(&key) == Health::Unhealthy {
+                    let checked = self.checkers.contains_key(&key);
+                    if !checked && self.inputs.lives.contains_key(&key) && self.health_of(&key) == Health::Unhealthy {
                         let seconds = UNCHECKED_EJECTION.as_secs();
                         self.set_health(key, Health::Healthy, format!("tried again after {seconds} s")).await;
                     }
@@ -372,12 +376,9 @@ impl State {
         }
         let deadline = tokio::time::Instant::now() + COLLECT_TIMEOUT;
         let mut answered = 0;
-        for (number, answer) in answers.into_iter().enumerate() {
+        for answer in answers {
             match tokio::time::timeout_at(deadline, answer).await {
-                Ok(Ok(())) => {
-                    answered += 1;
-                    self.probes.worker_answered(number, Instant::now());
-                }
+                Ok(Ok(())) => answered += 1,
                 _ => self.unresponsive += 1,
             }
         }

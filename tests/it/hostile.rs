@@ -6,7 +6,8 @@ use std::io::{self, ErrorKind, PipeReader, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
@@ -15,7 +16,7 @@ use crate::support::client::{self, connect_from, loopback};
 use crate::support::netns::Namespace;
 use crate::support::ports::free_port;
 use crate::support::{Arrival, Balancer, DEADLINE, Process, Receiver, eventually, http, preface, preface_in, skip};
-use crate::traffic::{Lane, accept, flood, listen, reset, while_stopped};
+use crate::traffic::{Lane, accept, flood, listen, reset, take_header, while_stopped};
 
 const MIB: usize = 1024 * 1024;
 
@@ -32,32 +33,52 @@ pub fn resident_bytes(id: u32) -> usize {
     line.trim().trim_end_matches(" kB").parse::<usize>().expect("a number") * 1024
 }
 
-/// Serves connections without a thread for each: keeps them open and says nothing.
-pub struct Silent {
+/// An upstream for crowds: its accept queue is as long as the kernel allows. The usual 128 overflow in a burst, and then
+/// the kernel drops handshakes, or resets connections that came by SYN cookies.
+pub struct Crowded {
     pub address: SocketAddr,
-    listener: std::sync::Arc<TcpListener>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    listener: Arc<TcpListener>,
+    thread: Option<JoinHandle<()>>,
 }
 
-impl Silent {
-    pub fn new() -> Silent {
-        let listener = std::sync::Arc::new(TcpListener::bind("127.0.0.1:0").unwrap());
+impl Crowded {
+    /// Keeps connections open and says nothing.
+    pub fn silent() -> Crowded {
+        let mut kept = Vec::new();
+        Crowded::start(move |stream| kept.push(stream))
+    }
+
+    /// Takes the header off and sends back what follows it.
+    pub fn echoing() -> Crowded {
+        Crowded::start(|mut stream| {
+            // A client that went away in between is its own affair.
+            std::thread::spawn(move || {
+                take_header(&mut stream)?;
+                io::copy(&mut stream.try_clone()?, &mut stream)?;
+                stream.shutdown(Shutdown::Write)
+            });
+        })
+    }
+
+    fn start(mut serve: impl FnMut(TcpStream) + Send + 'static) -> Crowded {
+        raise_descriptor_limit();
+        let listener = Arc::new(TcpListener::bind("127.0.0.1:0").unwrap());
+        rustix::net::listen(&listener, 4096).unwrap();
         let accepting = listener.clone();
         let thread = std::thread::spawn(move || {
-            let mut kept = Vec::new();
             while let Ok((stream, _)) = accepting.accept() {
-                kept.push(stream);
+                serve(stream);
             }
         });
-        Silent { address: listener.local_addr().unwrap(), listener, thread: Some(thread) }
+        Crowded { address: listener.local_addr().unwrap(), listener, thread: Some(thread) }
     }
 }
 
-impl Drop for Silent {
+impl Drop for Crowded {
     fn drop(&mut self) {
         // Wakes the thread, which closes all that it kept.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
-        let _ = self.thread.take().map(std::thread::JoinHandle::join);
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
@@ -131,10 +152,11 @@ fn config_with(listener: &str, pool: &str, upstreams: &[SocketAddr]) -> String {
 
 #[test]
 fn rude_clients_cost_the_others_nothing() {
-    let receiver = Receiver::with_header(echo);
+    const RUDE: usize = 250;
+    const POLITE: usize = 100;
+    let receiver = Crowded::echoing();
     let balancer = preface(&config_with("", "", &[receiver.address]));
     let address = balancer.ipv4("web");
-    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let rude: [fn(TcpStream); 6] = [
             drop,
@@ -150,11 +172,10 @@ fn rude_clients_cost_the_others_nothing() {
                 reset(client);
             },
         ];
-        let mut clients: Vec<_> = rude
-            .into_iter()
-            .map(|behave| scope.spawn(move || (0..250).for_each(|_| behave(client::connect(address).unwrap()))))
-            .collect();
-        clients.push(scope.spawn(move || {
+        for behave in rude {
+            scope.spawn(move || (0..RUDE).for_each(|_| behave(client::connect(address).unwrap())));
+        }
+        scope.spawn(move || {
             // One byte a second, each of many clients.
             let mut slow: Vec<_> = (0..20).map(|_| client::connect(address).unwrap()).collect();
             for _ in 0..2 {
@@ -162,30 +183,22 @@ fn rude_clients_cost_the_others_nothing() {
                 // SLEEP: a client this slow is what is tested.
                 std::thread::sleep(Duration::from_secs(1));
             }
-        }));
-        let over = &over;
-        let served = scope.spawn(move || {
-            let mut count = 0;
-            while !over.load(Ordering::Relaxed) {
-                assert!(is_answered(&client::connect(address)), "client {count}");
-                count += 1;
-            }
-            count
         });
-        clients.into_iter().for_each(|client| client.join().unwrap());
-        over.store(true, Ordering::Relaxed);
-        assert!(served.join().unwrap() > 20);
+        for count in 0..POLITE {
+            assert!(is_answered(&client::connect(address)), "client {count}");
+        }
     });
     let ends = all_accounted(|| balancer.metrics());
-    let known = ["client.relay.closed", "client.relay.reset", "upstream.relay.closed", "upstream.relay.reset"];
-    assert!(ends.keys().all(|end| known.contains(&end.as_str())), "{ends:?}");
-    assert!(ends["client.relay.closed"] >= 750, "{ends:?}");
-    assert!(ends["client.relay.reset"] >= 600, "{ends:?}");
+    let (closed, reset) = (ends["client.relay.closed"], ends["client.relay.reset"]);
+    assert_eq!(closed + reset, (6 * RUDE + 20 + POLITE) as u64, "{ends:?}");
+    // Whether a client that closes with unread bytes, or resets behind its FIN, is seen as reset depends on the moment.
+    assert!(closed >= (2 * RUDE + POLITE) as u64, "{ends:?}");
+    assert!(reset >= (2 * RUDE) as u64, "{ends:?}");
 }
 
 #[test]
 fn a_burst_is_served_to_the_last_connection() {
-    let receiver = Receiver::with_header(echo);
+    let receiver = Crowded::echoing();
     let balancer = preface(&config_with("", "", &[receiver.address]));
     let connect = || client::connect(balancer.ipv4("web"));
     // All of them are in the accept queues before the first one is accepted.
@@ -201,7 +214,7 @@ fn a_burst_is_served_to_the_last_connection() {
 fn five_thousand_idle_connections_leave_room_for_others() {
     const IDLE: usize = 5000;
     raise_descriptor_limit();
-    let (silent, receiver) = (Silent::new(), Receiver::with_header(echo));
+    let (silent, receiver) = (Crowded::silent(), Receiver::with_header(echo));
     let balancer = preface(&format!(
         "{}[listeners.busy]\nbind = \"127.0.0.1:0\"\npool = \"busy\"\n[pools.busy]\nproxy_protocol = \"v1\"\nupstreams = [\"{}\"]\n",
         config_with("", "", &[silent.address]),
@@ -288,11 +301,11 @@ impl Drop for Unheard {
 #[test]
 fn an_output_that_nobody_reads_holds_up_no_connection() {
     const THREADS: usize = 4;
-    const EACH: usize = 5500;
+    const EACH: usize = 5050;
     // The upstream speaks and closes first, so that no local port of the balancer waits for two minutes.
     let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = upstream.local_addr().unwrap();
-    let upstream = std::sync::Arc::new(upstream);
+    let upstream = Arc::new(upstream);
     let servers: Vec<_> = (0..THREADS)
         .map(|_| {
             let upstream = upstream.clone();

@@ -267,10 +267,10 @@ impl Transfer {
         Transfer { stop, carried, budget: budget.clone(), thread }
     }
 
-    /// Waits until more bytes have come back.
+    /// Waits until so many chunks have come back.
     #[track_caller]
-    pub fn wait_for_more(&self, count: u64) {
-        let wanted = self.carried.load(Relaxed) + count;
+    pub fn wait_for_chunks(&self, count: u64) {
+        let wanted = count * CHUNK_BYTES as u64;
         eventually("a transfer goes on", || {
             (self.carried.load(Relaxed) >= wanted || self.thread.is_finished()).then_some(())
         });

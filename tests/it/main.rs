@@ -18,5 +18,6 @@ mod readme;
 mod receivers;
 mod reload;
 mod requested;
+mod stopping;
 mod tidy;
 mod traffic;

@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::hostile::{Silent, raise_descriptor_limit, resident_bytes};
+use crate::hostile::{Crowded, resident_bytes};
 use crate::support::ports::free_port;
 use crate::support::{Process, client, eventually, preface};
 
@@ -32,8 +32,7 @@ fn it_listens_within_a_second() {
 fn an_idle_connection_costs_less_than_4_kib_of_user_memory() {
     const WARM: usize = 500;
     const MEASURED: usize = 4000;
-    raise_descriptor_limit();
-    let silent = Silent::new();
+    let silent = Crowded::silent();
     let balancer = preface(&format!(
         "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"test\"\n\
          [pools.test]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,7 @@ use crate::support::client::connect;
 use crate::support::netns::Pair;
 use crate::support::ports::free_port;
 use crate::support::receiver::say_who;
-use crate::support::{Balancer, Process, Receiver, eventually, preface_in, program, skip};
+use crate::support::{Balancer, Process, Receiver, eventually, preface_in, skip};
 
 /// A pair of namespaces, or `None` with the reason told to `tests/run`.
 fn namespaces(test: &str) -> Option<Pair> {

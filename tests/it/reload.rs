@@ -334,7 +334,8 @@ fn every_way_of_saving_is_one_reload() {
         put("new", content);
         shell(&directory, "install -m 644 new preface.toml; rm new");
     };
-    let ways: [(&str, &dyn Fn(&str)); 7] = [
+    type Save<'a> = &'a dyn Fn(&str);
+    let ways: [(&str, Save); 7] = [
         ("mv", &mv),
         ("sed -i", &sed),
         ("vim, its own choice of backup", &|content| vim(content, "backup")),

@@ -1,7 +1,7 @@
 //! Bytes through the balancer: every one arrives, once and in order, behind one whole header; closes and resets are
 //! passed on as what they were. The upstream is a socket in the test's own hands.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -64,16 +64,22 @@ pub fn listen() -> TcpListener {
 #[track_caller]
 pub fn accept(upstream: &TcpListener) -> (TcpStream, Header) {
     let (mut server, _) = upstream.accept().expect("a connection from the balancer");
-    server.set_read_timeout(Some(DEADLINE)).unwrap();
-    server.set_write_timeout(Some(DEADLINE)).unwrap();
+    let header = take_header(&mut server).expect("a whole header");
+    (server, header)
+}
+
+/// Reads a v2 header, and not a byte more.
+pub fn take_header(server: &mut TcpStream) -> io::Result<Header> {
+    server.set_read_timeout(Some(DEADLINE))?;
+    server.set_write_timeout(Some(DEADLINE))?;
     let mut bytes = vec![0; 16];
-    server.read_exact(&mut bytes).expect("a header");
+    server.read_exact(&mut bytes)?;
     let rest = usize::from(u16::from_be_bytes([bytes[14], bytes[15]]));
     bytes.resize(16 + rest, 0);
-    server.read_exact(&mut bytes[16..]).expect("the whole header");
+    server.read_exact(&mut bytes[16..])?;
     match proxy_protocol::decode(&bytes) {
-        Ok(Decoded::Complete { header, .. }) => (server, header),
-        other => panic!("{other:?} of {bytes:02x?}"),
+        Ok(Decoded::Complete { header, .. }) => Ok(header),
+        other => Err(io::Error::new(ErrorKind::InvalidData, format!("{other:?} of {bytes:02x?}"))),
     }
 }
 

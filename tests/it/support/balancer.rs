@@ -1,7 +1,6 @@
 //! The program under test, as its user runs it: a configuration file, a process, an admin socket.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -83,11 +82,6 @@ impl Balancer {
         client::connect(self.ipv4(listener)).unwrap_or_else(|error| panic!("listener {listener}: {error}"))
     }
 
-    /// One HTTP request through a listener, on a connection of its own.
-    pub fn http(&self, listener: &str, path: &str) -> io::Result<Response> {
-        http::get(&mut client::connect(self.ipv4(listener))?, path)
-    }
-
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.process.id()
@@ -96,11 +90,6 @@ impl Balancer {
     /// Its log.
     pub fn log(&self) -> &Output {
         &self.process.stdout
-    }
-
-    /// Its standard error.
-    pub fn stderr(&self) -> &Output {
-        &self.process.stderr
     }
 
     /// Its directory: configuration, admin socket, runtime files.
@@ -156,13 +145,6 @@ impl Balancer {
     /// Path of the admin socket.
     pub fn admin_socket(&self) -> PathBuf {
         self.directory.path().join("admin.sock")
-    }
-
-    /// A subcommand that finds this balancer by `--admin`.
-    pub fn command(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_preface"));
-        command.args(arguments).env("PREFACE_ADMIN", format!("unix:{}", self.admin_socket().display()));
-        command
     }
 
     /// `/status`

@@ -7,8 +7,6 @@ use std::io::{self, Read, Write};
 pub struct Response {
     /// Status code.
     pub status: u16,
-    /// Status line and headers as they came.
-    pub head: String,
     /// The body.
     pub body: Vec<u8>,
 }
@@ -67,7 +65,7 @@ fn parse(bytes: &[u8]) -> Option<Response> {
         let length = header("content-length").map_or(Some(raw.len()), |value| value.parse().ok())?;
         raw.get(..length)?.to_vec()
     };
-    Some(Response { status, head, body })
+    Some(Response { status, body })
 }
 
 fn dechunk(mut rest: &[u8]) -> Option<Vec<u8>> {
