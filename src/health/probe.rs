@@ -391,7 +391,7 @@ mod tests {
         let (_listener, mut attempt) = listening().await;
         let starved = Attempt { timeout: Duration::from_millis(20), ..attempt.clone() };
         let check = tcp("PING", "PONG");
-        // Whatever else this thread does takes longer than the check's time.
+        // SLEEP: whatever else this thread does takes longer than the check's time.
         let blocks = async { std::thread::sleep(Duration::from_millis(100)) };
         let (outcome, ()) = tokio::join!(run(&starved, &check), blocks);
         assert_eq!(outcome.verdict, Verdict::Void);

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
 use crate::metrics::Families;
-use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey};
+use crate::pool::{AdminState, Health, Upstream, UpstreamKey};
 use crate::server::state::State;
 use crate::snapshot::ListenerLife;
 use crate::termination::Termination;
@@ -28,15 +28,15 @@ impl State {
         self.process_families(&mut families);
         self.listener_families(&mut families);
         let snapshot = self.snapshot.load();
-        let mut upstreams: BTreeMap<(&str, SocketAddr), (&Arc<Pool>, &Upstream)> = BTreeMap::new();
+        let mut upstreams: BTreeMap<(&str, SocketAddr), &Upstream> = BTreeMap::new();
         for pool in snapshot.pools.values() {
             for upstream in &pool.upstreams {
-                upstreams.insert((&pool.name, upstream.life.address), (pool, upstream));
+                upstreams.insert((&pool.name, upstream.life.address), upstream);
             }
         }
         let upstreams: Vec<Labelled> = upstreams
             .into_iter()
-            .map(|((pool, address), (_, upstream))| Labelled {
+            .map(|((pool, address), upstream)| Labelled {
                 pool,
                 address: address.to_string(),
                 upstream,

@@ -16,14 +16,15 @@ use arc_swap::ArcSwap;
 use tokio::runtime::LocalOptions;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 use tokio::time::{interval, sleep_until};
 
-use crate::admin::{self, announce};
+use crate::admin::{self, Listener, announce};
 use crate::config::error::Style;
 use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
-use crate::drain::{OpenConnections, StopSource};
+use crate::drain::{OpenConnections, Stop, StopSource};
 use crate::log;
 use crate::net;
 use crate::net::limits;
@@ -66,26 +67,14 @@ async fn serve(
     let listener = admin::bind(&config.admin.bind)?;
     let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
     let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
-    let mut state = start_state(&path, &config, log, handle.clone(), descriptors)?;
+    let mut state = start_state(&path, &config, log, handle, descriptors)?;
     (state.text, state.warnings) = (text, warnings);
     let admin_bind = listener.address()?;
     state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     state.probes.set_configured();
     state.probes.set_listening();
     let (stop_source, stop) = StopSource::new();
-    let admin_state = admin::State {
-        control: handle,
-        probes: Arc::clone(&state.probes),
-        access: Arc::clone(&state.access),
-        scope: admin::Scope::All,
-    };
-    let mut admin_stop = stop.clone();
-    if let Some(listener) = probe_listener {
-        let mut probe_stop = stop.clone();
-        let probe_state = admin::State { scope: admin::Scope::Probes, ..admin_state.clone() };
-        tokio::spawn(admin::serve(listener, probe_state, async move { probe_stop.stopped().await }));
-    }
-    let admin_task = tokio::spawn(admin::serve(listener, admin_state, async move { admin_stop.stopped().await }));
+    let admin_task = start_admin(&state, listener, probe_listener, &stop);
     let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
     let announcement = announce::announce(&directory, &admin_bind);
     let (watch, watch_warnings) = Watch::start(&path, hash);
@@ -158,6 +147,23 @@ fn start_state(
     })
 }
 
+/// The admin API, and the probes where they have an address of their own; both until the stop.
+fn start_admin(state: &State, listener: Listener, probe_listener: Option<Listener>, stop: &Stop) -> JoinHandle<()> {
+    let all = admin::State {
+        control: state.handle.clone(),
+        probes: Arc::clone(&state.probes),
+        access: Arc::clone(&state.access),
+        scope: admin::Scope::All,
+    };
+    if let Some(probe_listener) = probe_listener {
+        let probes = admin::State { scope: admin::Scope::Probes, ..all.clone() };
+        let mut stop = stop.clone();
+        tokio::spawn(admin::serve(probe_listener, probes, async move { stop.stopped().await }));
+    }
+    let mut stop = stop.clone();
+    tokio::spawn(admin::serve(listener, all, async move { stop.stopped().await }))
+}
+
 /// The signals that are listened to.
 struct Signals {
     hangup: Signal,
@@ -224,9 +230,7 @@ async fn run_until_stopped(
             name = stop_signal(terminate, interrupt) => {
                 if state.stopping {
                     tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
-                    state.end(None, Termination::StopTimeout).await;
-                    let _ = tokio::time::timeout(LAST_RESETS, open.empty()).await;
-                    return;
+                    return reset_the_rest(state).await;
                 }
                 state.stopping = true;
                 state.probes.set_stopping();
@@ -241,9 +245,7 @@ async fn run_until_stopped(
                 }
                 _ => {
                     tracing::warn!(event = "stop", open = open.count(), "stop_timeout is over: the rest is reset");
-                    state.end(None, Termination::StopTimeout).await;
-                    let _ = tokio::time::timeout(LAST_RESETS, open.empty()).await;
-                    return;
+                    return reset_the_rest(state).await;
                 }
             },
             () = open.empty(), if matches!(stopping, Stopping::Draining(_)) => return,
@@ -253,6 +255,12 @@ async fn run_until_stopped(
             }
         }
     }
+}
+
+/// Ends what is still open, and sees it counted and logged.
+async fn reset_the_rest(state: &mut State) {
+    state.end(None, Termination::StopTimeout).await;
+    let _ = tokio::time::timeout(LAST_RESETS, state.open.empty()).await;
 }
 
 /// Completes then; never without a time.

@@ -180,6 +180,7 @@ fn rude_clients_cost_the_others_nothing() {
             let mut slow: Vec<_> = (0..20).map(|_| client::connect(address).unwrap()).collect();
             for _ in 0..2 {
                 slow.iter_mut().for_each(|client| client.write_all(b"x").unwrap());
+                // SLEEP: a client this slow is what is tested.
                 std::thread::sleep(Duration::from_secs(1));
             }
         });

@@ -313,19 +313,9 @@ fn every_way_of_saving_is_one_reload() {
     let vim = |content: &str, options: &str| {
         let number = content.split_once("max_connections = ").unwrap().1.split_once('\n').unwrap().0;
         let replace = format!("%s/max_connections = .*/max_connections = {number}/");
+        let set = format!("set {options}");
         let mut command = Command::new(&vim);
-        command.args([
-            "-Nu",
-            "NONE",
-            "-es",
-            "-c",
-            &format!("set {options}"),
-            "-c",
-            &replace,
-            "-c",
-            "wq",
-            "preface.toml",
-        ]);
+        command.args(["-Nu", "NONE", "-es", "-c", &set, "-c", &replace, "-c", "wq", "preface.toml"]);
         assert!(command.current_dir(&directory).stdin(std::process::Stdio::null()).status().unwrap().success());
     };
     let sed = |content: &str| {

@@ -1,515 +1,695 @@
-//! The shape of the sources: layers, purity, `unsafe`, sizes, first lines, what stands at the top level.
+//! What STYLE asks of the sources and a test can see: the modules' order, files without I/O, `unsafe`, and sizes.
 //!
-//! Each rule is a function from a file's text to what is wrong with it, and has a test that shows it finding something.
+//! Each rule is a function from text to complaints. Above them stands what reads the sources, below them their tests.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
-/// Before the tests of a file.
+use crate::support::skip;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const FILE_LINES_MAX: usize = 600;
 const FUNCTION_LINES_MAX: usize = 70;
 
-/// Files and directories of `src/` that decide and do not act, whether or not they still say so themselves.
-const PURE: [&str; 8] = [
-    "src/proxy_protocol/",
+/// What the repository has at its top, apart from dot files and licenses.
+const TOP_LEVEL: [&str; 8] = ["Cargo.toml", "Cargo.lock", "README.md", "src", "config", "tests", "benches", "deploy"];
+
+/// Files that decide, and so must keep their mark.
+const MARKED_PURE: [&str; 9] = [
+    "src/proxy_protocol/mod.rs",
+    "src/proxy_protocol/v1.rs",
+    "src/proxy_protocol/v2.rs",
     "src/termination.rs",
     "src/config/validate.rs",
     "src/config/diff.rs",
-    "src/config/keys.rs",
-    "src/config/schema.rs",
     "src/pool/balance.rs",
+    "src/pool/header.rs",
     "src/health/state.rs",
 ];
 
-/// What pure code does not name: time, chance, files, sockets, threads, the runtime, the terminal.
-const IMPURE: [&str; 17] = [
-    "tokio",
-    "fastrand",
-    "rand::",
-    "ulid::Ulid::new",
-    "std::fs",
-    "std::io",
-    "std::env",
-    "std::process",
-    "std::thread",
-    "std::time::SystemTime",
-    "Instant::now",
-    "SystemTime::now",
-    "TcpStream",
-    "TcpListener",
-    "UdpSocket",
-    "tracing::",
-    "println!",
-];
+/// Names that stand for a runtime, a clock, chance, files, sockets, threads or output.
+const IMPURE: &str = "\
+    tokio axum hyper hyper_util notify rustix libc socket2 tracing fastrand rand ulid SystemTime sleep fs File \
+    TcpStream TcpListener UdpSocket UnixStream UnixListener UnixDatagram ToSocketAddrs to_socket_addrs stdin stdout \
+    stderr print println eprint eprintln thread spawn env process UNIX_EPOCH";
 
-/// `write!` into a `Vec` needs this trait; no byte leaves the process by it.
-const FORMATTING: &str = "use std::io::Write as _;";
+/// Modules of ours that act.
+const ACTING: [&str; 5] = ["net", "metrics", "drain", "log", "relay"];
 
-/// Where a test may sleep, and why it is no wait for an event.
-const SLEEPS: [(&str, &str); 4] = [
-    ("tests/it/hostile.rs", "a slow client is what is tested"),
-    ("tests/it/support/mod.rs", "`eventually` polls for what only polling can show"),
-    ("tests/it/traffic.rs", "a slow peer is what is tested"),
-    ("src/health/probe.rs", "a thread that does something else is what is tested"),
-];
-
-/// Everything that may stand beside `src/`.
-const TOP_LEVEL: [&str; 18] = [
-    ".ci",
-    ".dockerignore",
-    ".gitattributes",
-    ".github",
-    ".gitignore",
-    ".rustfmt.toml",
-    "CHANGELOG.md",
-    "Cargo.lock",
-    "Cargo.toml",
-    "LICENSE-APACHE",
-    "LICENSE-MIT",
-    "README.md",
-    "benches",
-    "config",
-    "deploy",
-    "docs",
-    "src",
-    "tests",
-];
-
-/// One Rust file of the repository.
+/// A Rust source file, the path as seen from the repository.
 struct Source {
-    /// From the top, with `/`.
     path: String,
     text: String,
-    /// The text with comments and the insides of strings blanked; each byte stays where it is.
-    code: String,
 }
 
 impl Source {
-    fn new(path: &str, text: &str) -> Source {
-        Source { path: path.to_owned(), text: text.to_owned(), code: code(text) }
+    /// Everything but comments and literals.
+    fn code(&self) -> String {
+        blank_prose(&self.text)
     }
 
-    /// Where its unit tests begin.
-    fn tests(&self) -> usize {
-        let start = self.text.find("#[cfg(test)]\nmod ").or_else(|| self.text.find("#[cfg(test)]\n#[path"));
-        start.unwrap_or(self.text.len())
+    /// The code that is compiled into the program.
+    fn program(&self) -> String {
+        blank_tests(&self.code())
     }
 
-    fn is_pure(&self) -> bool {
-        PURE.iter().any(|pure| self.path.starts_with(pure)) || self.text.starts_with("//! PURE")
+    fn is_program(&self) -> bool {
+        self.path.starts_with("src/") && !self.path.ends_with("/tests.rs") && !self.path.ends_with("_tests.rs")
     }
+}
 
-    /// Where it is, for a message.
-    fn at(&self, line: usize) -> String {
-        format!("{}:{}", self.path, line + 1)
+fn sources() -> Vec<Source> {
+    let mut found = Vec::new();
+    for directory in ["src", "tests", "benches"] {
+        walk(&Path::new(ROOT).join(directory), &mut found);
+    }
+    assert!(found.len() > 50, "{} sources: the walk has lost its way", found.len());
+    found.sort_by(|one, other| one.path.cmp(&other.path));
+    found
+}
+
+fn walk(directory: &Path, found: &mut Vec<Source>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && !path.ends_with("target") {
+            walk(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(ROOT).unwrap().to_str().unwrap().to_owned();
+            found.push(Source { path: name, text: fs::read_to_string(&path).unwrap() });
+        }
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(Path::new(ROOT).join(path)).unwrap()
+}
+
+/// Puts every source for which `which` holds through a rule; a complaint is a line and what is wrong there.
+#[track_caller]
+fn hold(which: impl Fn(&Source) -> bool, rule: impl Fn(&Source) -> Vec<Complaint>) {
+    let mut all = Vec::new();
+    for source in sources().iter().filter(|source| which(source)) {
+        all.extend(rule(source).into_iter().map(|(line, what)| format!("{}:{line}: {what}", source.path)));
+    }
+    assert!(all.is_empty(), "{}", all.join("\n"));
+}
+
+/// A line, counted from 1, and what is wrong there.
+type Complaint = (usize, String);
+
+#[test]
+fn a_module_uses_only_those_above_it_in_the_list() {
+    let modules = modules(&read("src/lib.rs"));
+    assert!(modules.len() > 10, "{modules:?}");
+    hold(Source::is_program, |source| upward(&modules, &source.path, &source.program()));
+}
+
+#[test]
+fn pure_files_do_no_io_and_see_no_clock() {
+    let modules = modules(&read("src/lib.rs"));
+    let is_pure = |source: &Source| is_pure(&modules, &source.path, &source.text);
+    let marked: BTreeSet<String> = sources().into_iter().filter(is_pure).map(|source| source.path).collect();
+    let lost: Vec<&str> = MARKED_PURE.into_iter().filter(|path| !marked.contains(*path)).collect();
+    assert!(lost.is_empty(), "without their mark PURE: {lost:?}");
+    hold(is_pure, |source| impure(&source.path, &source.program()));
+}
+
+#[test]
+fn unsafe_stands_in_net_under_the_invariant_that_makes_it_sound() {
+    hold(|_| true, |source| unsound(&source.path, &source.text));
+}
+
+#[test]
+fn files_and_functions_have_a_size_that_one_can_read() {
+    hold(Source::is_program, |source| long_file(&source.program()));
+    hold(|_| true, |source| long_functions(&source.code()));
+}
+
+#[test]
+fn every_file_says_what_it_owns() {
+    hold(|_| true, |source| undescribed(&source.text));
+}
+
+#[test]
+fn nothing_is_left_undone_and_no_test_is_switched_off() {
+    hold(|_| true, |source| undone(&source.code()));
+}
+
+#[test]
+fn tests_wait_for_events_and_do_not_sleep() {
+    let has_tests = |source: &Source| !source.path.starts_with("tests/it/support/");
+    hold(has_tests, |source| {
+        let program = if source.is_program() { source.program() } else { String::new() };
+        let of_tests = |line: usize| program.lines().nth(line - 1).is_none_or(|line| line == TEST_LINE);
+        sleeps(&source.text).into_iter().filter(|&(line, _)| of_tests(line)).collect()
+    });
+}
+
+#[test]
+fn every_dependency_has_its_sentence() {
+    for path in ["Cargo.toml", "tests/fuzz/Cargo.toml"] {
+        let found = unexplained(&read(path));
+        assert!(found.is_empty(), "{path}: {found:?}");
     }
 }
 
 #[test]
-fn the_sources_are_tidy() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let sources: Vec<Source> = ["src", "tests", "benches"].iter().flat_map(|top| sources_in(&root.join(top))).collect();
-    assert!(sources.len() > 50, "found only {} files", sources.len());
-    for pure in PURE {
-        assert!(
-            sources.iter().any(|source| source.path.starts_with(pure)),
-            "{pure} is gone: where do its rules stand now?"
-        );
+fn the_top_level_stays_short() {
+    match Command::new("git").args(["ls-files", "-z"]).current_dir(ROOT).output() {
+        Ok(output) if output.status.success() => {
+            let listed = String::from_utf8(output.stdout).unwrap();
+            let found = astray(listed.split_terminator('\0'));
+            assert!(found.is_empty(), "at the top level, where they do not belong: {found:?}");
+        }
+        _ => skip("the_top_level_stays_short", "this is no git checkout"),
     }
-    let order = module_order(&std::fs::read_to_string(root.join("src/lib.rs")).expect("src/lib.rs is there"));
-    assert!(order.len() > 15, "{order:?}");
-    let rules = [first_line, impure, unsafe_blocks, long_file, long_functions, unfinished, sleeping];
-    let mut wrong: Vec<String> = sources.iter().flat_map(|source| rules.iter().flat_map(|rule| rule(source))).collect();
-    wrong.extend(sources.iter().flat_map(|source| upward(source, &order)));
-    wrong.extend(strangers(&top_level(root)));
-    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
-fn sources_in(directory: &Path) -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut sources = Vec::new();
-    let mut entries: Vec<PathBuf> = std::fs::read_dir(directory)
-        .expect("a directory of sources")
-        .map(|entry| entry.expect("an entry").path())
-        .collect();
-    entries.sort();
-    for entry in entries {
-        if entry.is_dir() && !entry.ends_with("target") {
-            sources.extend(sources_in(&entry));
-        } else if entry.extension().is_some_and(|extension| extension == "rs") {
-            let path = entry.strip_prefix(root).expect("inside the repository").to_string_lossy().replace('\\', "/");
-            sources.push(Source::new(&path, &std::fs::read_to_string(&entry).expect("a source is UTF-8")));
+// The rules.
+
+/// A module of `lib.rs`, and whether its documentation says PURE.
+#[derive(Debug, PartialEq)]
+struct Module {
+    name: String,
+    pure: bool,
+}
+
+fn modules(lib: &str) -> Vec<Module> {
+    let mut modules = Vec::new();
+    let mut pure = false;
+    for line in lib.lines() {
+        if let Some(documentation) = line.strip_prefix("///") {
+            pure |= documentation.starts_with(" PURE.");
+        } else if let Some(name) = line.strip_prefix("pub mod ").and_then(|rest| rest.strip_suffix(';')) {
+            modules.push(Module { name: name.to_owned(), pure: std::mem::take(&mut pure) });
         }
     }
-    sources
+    modules
 }
 
-/// The modules of `src/lib.rs`, bottom first.
-fn module_order(lib: &str) -> Vec<String> {
-    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
-    modules.map(str::to_owned).collect()
+/// `src/config/diff.rs` -> `["config", "diff"]`; nothing for the crate's root and for what is not in `src`.
+fn module_path(path: &str) -> Vec<&str> {
+    let inside = path.strip_prefix("src/").and_then(|path| path.strip_suffix(".rs")).unwrap_or("");
+    let inside = inside.strip_suffix("/mod").unwrap_or(inside);
+    inside.split('/').filter(|part| !["", "lib", "main"].contains(part)).collect()
 }
 
-fn code(text: &str) -> String {
+fn upward(modules: &[Module], path: &str, program: &str) -> Vec<Complaint> {
+    let Some(&own) = module_path(path).first() else { return Vec::new() };
+    let place = |name: &str| modules.iter().position(|module| module.name == name);
+    let Some(own_place) = place(own) else { return vec![(1, format!("lib.rs does not list {own}"))] };
+    let wrong = uses(path, program).into_iter().filter_map(|(line, used)| match place(&used) {
+        Some(place) if place <= own_place => None,
+        Some(_) => Some((line, format!("{own} uses {used}, which lib.rs lists below it"))),
+        None => Some((line, format!("crate::{used} is no module of lib.rs"))),
+    });
+    wrong.collect()
+}
+
+/// Which modules of the crate's root are named, by `crate::` or by as many `super::` as lead there.
+fn uses(path: &str, program: &str) -> Vec<(usize, String)> {
+    let tokens = tokens(program);
+    let token = |at: usize| tokens.get(at).map_or("", |&(_, text)| text);
+    let depth = module_path(path).len();
+    let (mut braces, mut inline) = (0, Vec::new());
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < tokens.len() {
+        let line = tokens[at].0;
+        match token(at) {
+            "{" => {
+                braces += 1;
+                if at > 1 && token(at - 2) == "mod" {
+                    inline.push(braces);
+                }
+            }
+            "}" => {
+                if inline.last() == Some(&braces) {
+                    inline.pop();
+                }
+                braces -= 1;
+            }
+            "crate" if token(at + 1) == "::" => found.extend(heads(&tokens[at + 2..]).map(|head| (line, head))),
+            "super" => {
+                let mut supers = 1;
+                while token(at + 1) == "::" && token(at + 2) == "super" {
+                    (supers, at) = (supers + 1, at + 2);
+                }
+                if supers >= depth + inline.len() && token(at + 1) == "::" {
+                    found.extend(heads(&tokens[at + 2..]).map(|head| (line, head)));
+                }
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    found
+}
+
+/// The first names of a path or of a group of paths: `a` of `a::b`, `a` and `c` of `{a::{b, d}, c}`.
+fn heads(tokens: &[(usize, &str)]) -> impl Iterator<Item = String> {
+    let mut heads = Vec::new();
+    let mut depth = 0;
+    for (at, &(_, text)) in tokens.iter().enumerate() {
+        match text {
+            "{" => depth += 1,
+            "}" => depth -= 1,
+            "," => {}
+            name if depth == 0 || (depth == 1 && ["{", ","].contains(&tokens[at - 1].1)) => heads.push(name.to_owned()),
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    heads.into_iter()
+}
+
+fn is_pure(modules: &[Module], path: &str, text: &str) -> bool {
+    let of_pure_module =
+        module_path(path).first().is_some_and(|own| modules.iter().any(|module| module.name == *own && module.pure));
+    path.starts_with("src/") && (of_pure_module || text.starts_with("//! PURE."))
+}
+
+fn impure(path: &str, program: &str) -> Vec<Complaint> {
+    let tokens = tokens(program);
+    let mut found = Vec::new();
+    for (at, &(line, text)) in tokens.iter().enumerate() {
+        let after = |sign: &str| at > 0 && tokens[at - 1].1 == sign;
+        let looks_at_clock = text == "now" && after("::") || text == "elapsed" && after(".");
+        if IMPURE.split(' ').any(|name| name == text) || looks_at_clock {
+            found.push((line, format!("{text} in a file marked PURE")));
+        }
+    }
+    let acting = uses(path, program).into_iter().filter(|(_, used)| ACTING.contains(&used.as_str()));
+    found.extend(acting.map(|(line, used)| (line, format!("a file marked PURE uses {used}"))));
+    found
+}
+
+fn unsound(path: &str, text: &str) -> Vec<Complaint> {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let mut found = Vec::new();
+    for (line, _) in tokens(&blank_prose(text)).into_iter().filter(|&(_, text)| text == "unsafe") {
+        let mut above = lines[..line - 1].iter().rev().take_while(|line| line.starts_with("//"));
+        if !path.starts_with("src/net/") {
+            found.push((line, "unsafe outside src/net/".to_owned()));
+        } else if !above.any(|line| line.starts_with("// SAFETY:")) {
+            found.push((line, "unsafe without a // SAFETY: just above".to_owned()));
+        }
+    }
+    found
+}
+
+fn long_file(program: &str) -> Vec<Complaint> {
+    let count = program.lines().filter(|line| *line != TEST_LINE).count();
+    if count <= FILE_LINES_MAX {
+        return Vec::new();
+    }
+    vec![(count, format!("{count} lines without the tests; {FILE_LINES_MAX} are the limit"))]
+}
+
+fn long_functions(code: &str) -> Vec<Complaint> {
+    let tokens = tokens(code);
+    let mut found = Vec::new();
+    for (at, &(line, text)) in tokens.iter().enumerate() {
+        let Some(&(_, name)) = tokens.get(at + 1) else { continue };
+        if text != "fn" || !name.starts_with(is_word) {
+            continue;
+        }
+        let Some(&(last, _)) = tokens[at..].get(item_end(tokens[at..].iter().map(|&(_, text)| text))) else { continue };
+        let count = last - line + 1;
+        if count > FUNCTION_LINES_MAX {
+            found.push((line, format!("{name} has {count} lines; {FUNCTION_LINES_MAX} are the limit")));
+        }
+    }
+    found
+}
+
+fn undescribed(text: &str) -> Vec<Complaint> {
+    if text.starts_with("//! ") {
+        return Vec::new();
+    }
+    vec![(1, "the first line is no //! that says what the file owns".to_owned())]
+}
+
+fn undone(code: &str) -> Vec<Complaint> {
+    let tokens = tokens(code);
+    let mut found = Vec::new();
+    for window in tokens.windows(3) {
+        let [(line, first), (_, second), (_, third)] = window else { unreachable!("windows of 3") };
+        match (*first, *second, *third) {
+            ("todo" | "unimplemented" | "dbg", "!", _) => found.push((*line, format!("{first}!"))),
+            ("#", "[", "ignore") => found.push((*line, "#[ignore]".to_owned())),
+            _ => {}
+        }
+    }
+    found
+}
+
+fn sleeps(text: &str) -> Vec<Complaint> {
+    let lines: Vec<&str> = text.lines().collect();
+    let says_why = |line: usize| lines[line.saturating_sub(2)..line].iter().any(|line| line.contains("// SLEEP: "));
+    let mut found = Vec::new();
+    for window in tokens(&blank_prose(text)).windows(2) {
+        let (line, name) = window[0];
+        if (name == "sleep" || name == "sleep_until") && window[1].1 == "(" && !says_why(line) {
+            found.push((line, "sleeps: wait for the event, or say `// SLEEP: why` just above".to_owned()));
+        }
+    }
+    found
+}
+
+fn unexplained(manifest: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut section = "";
+    let mut above = "";
+    for line in manifest.lines() {
+        let explained = above.starts_with("# ") && above.ends_with('.');
+        above = line;
+        if let Some(header) = line.strip_prefix('[') {
+            section = header.trim_end_matches(']');
+            if section.contains("dependencies.") && !explained {
+                found.push(section.to_owned());
+            }
+        } else if let Some((name, _)) = line.split_once(['=', '.'])
+            && !line.starts_with([' ', '#', ']', '"'])
+            && section.ends_with("dependencies")
+            && !explained
+        {
+            found.push(name.trim().to_owned());
+        }
+    }
+    found
+}
+
+fn astray<'a>(listed: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    let top = listed.map(|path| path.split('/').next().unwrap_or(path));
+    top.filter(|name| !TOP_LEVEL.contains(name) && !name.starts_with('.') && !name.starts_with("LICENSE")).collect()
+}
+
+// Reading Rust, as far as the rules need it.
+
+fn is_word(char: char) -> bool {
+    char.is_alphanumeric() || char == '_'
+}
+
+/// The same text with spaces for comments and for what stands in quotes; lines stay where they are.
+fn blank_prose(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(next) = rest.chars().next() {
-        let begins = matches!(next, '/' | '"' | '\'' | 'r' | 'b');
-        let blank = begins.then(|| comment(rest).or_else(|| string(rest, code.chars().last()))).flatten();
-        if let Some(length) = blank {
-            code.extend(rest[..length].bytes().map(|skipped| if skipped == b'\n' { '\n' } else { ' ' }));
-            rest = &rest[length..];
+    let mut in_word = false;
+    while let Some(first) = rest.chars().next() {
+        let prose = if in_word { quoted(rest) } else { raw(rest).or_else(|| quoted(rest)) };
+        let (length, blank) = prose.map_or((first.len_utf8(), false), |length| (length, true));
+        let (taken, after) = rest.split_at(length);
+        if blank {
+            code.extend(taken.chars().map(|char| if char == '\n' { '\n' } else { ' ' }));
         } else {
-            code.push(next);
-            rest = &rest[next.len_utf8()..];
+            code.push(first);
         }
+        in_word = !blank && is_word(first);
+        rest = after;
     }
     code
 }
 
-/// Length of the comment that begins here.
-fn comment(text: &str) -> Option<usize> {
-    if text.starts_with("//") {
-        return Some(text.find('\n').unwrap_or(text.len()));
-    }
-    text.starts_with("/*").then(|| text.find("*/").map_or(text.len(), |end| end + 2))
-}
-
-/// Length of the string or character that begins here; `before` tells a raw string from a name that ends in `r`.
-fn string(text: &str, before: Option<char>) -> Option<usize> {
-    let in_name = before.is_some_and(|before| before.is_alphanumeric() || before == '_');
-    let raw = text.strip_prefix("br").or_else(|| text.strip_prefix('r')).filter(|_| !in_name);
-    if let Some(hashes) = raw.map(|raw| &raw[..raw.len() - raw.trim_start_matches('#').len()])
-        && let Some(body) = raw.and_then(|raw| raw[hashes.len()..].strip_prefix('"'))
-    {
-        let end = format!("\"{hashes}");
-        return Some(text.len() - body.len() + body.find(&end).map_or(body.len(), |at| at + end.len()));
-    }
-    if let Some(character) = text.strip_prefix('\'') {
-        // A lifetime has no closing quote so soon.
-        let mut characters = character.char_indices();
-        let (_, first) = characters.next()?;
-        if first == '\\' {
-            return text[3..].find('\'').map(|at| at + 4);
-        }
-        return characters.next().filter(|&(_, second)| second == '\'').map(|(at, _)| at + 2);
-    }
-    let body = text.strip_prefix('"')?;
-    let mut escaped = false;
-    for (at, character) in body.char_indices() {
-        match character {
-            '"' if !escaped => return Some(at + 2),
-            _ => escaped = character == '\\' && !escaped,
-        }
-    }
-    Some(text.len())
-}
-
-/// Modules of the crate that a line of code names, seen from a module path: `crate::x`, `crate::{x, y}`, `super::x`.
-fn named_modules(code: &str, inside: &[&str]) -> Vec<(usize, String)> {
-    let mut named = Vec::new();
-    for (at, _) in code.match_indices("crate::").chain(code.match_indices("super::")) {
-        let before = code[..at].chars().last();
-        if before.is_some_and(|before| before.is_alphanumeric() || before == '_' || before == '$')
-            || code[..at].ends_with("super::")
-        {
-            continue;
-        }
-        let mut path = &code[at..];
-        let mut depth = inside.len();
-        if let Some(rest) = path.strip_prefix("crate::") {
-            (path, depth) = (rest, 0);
-        }
-        while let Some(rest) = path.strip_prefix("super::") {
-            (path, depth) = (rest, depth.saturating_sub(1));
-        }
-        let line = code[..at].matches('\n').count();
-        if depth == 0 {
-            named.extend(first_names(path).into_iter().map(|name| (line, name)));
-        }
-    }
-    named
-}
-
-/// `x::y` names x; `{x::y, z}` names x and z.
-fn first_names(path: &str) -> Vec<String> {
-    let name = |text: &str| text.chars().take_while(|one| one.is_alphanumeric() || *one == '_').collect::<String>();
-    let Some(group) = path.strip_prefix('{') else { return vec![name(path)] };
-    let (mut names, mut depth, mut start) = (Vec::new(), 0, 0);
-    for (at, one) in group.char_indices() {
-        match one {
-            '{' => depth += 1,
-            ',' | '}' if depth == 0 => {
-                names.push(name(group[start..at].trim_start()));
-                start = at + 1;
-                if one == '}' {
+/// The length of the comment, string or character at the start of `text`.
+fn quoted(text: &str) -> Option<usize> {
+    let mut chars = text.char_indices().skip(1);
+    match text.as_bytes() {
+        [b'/', b'/', ..] => Some(text.find('\n').unwrap_or(text.len())),
+        [b'/', b'*', ..] => {
+            let mut depth = 0;
+            let mut at = 0;
+            while at < text.len() {
+                let step = match &text.as_bytes()[at..] {
+                    [b'/', b'*', ..] => 1,
+                    [b'*', b'/', ..] => -1,
+                    _ => 0,
+                };
+                depth += step;
+                at += if step == 0 { 1 } else { 2 };
+                if depth == 0 {
                     break;
                 }
             }
-            '}' => depth -= 1,
+            Some(at)
+        }
+        [b'"', ..] => loop {
+            match chars.next() {
+                Some((_, '\\')) => drop(chars.next()),
+                Some((at, '"')) => break Some(at + 1),
+                Some(_) => {}
+                None => break Some(text.len()),
+            }
+        },
+        // A lifetime is a quote too; a character has its second one.
+        [b'\'', b'\\', _, ..] => text[3..].find('\'').map(|at| at + 4),
+        [b'\'', ..] => {
+            chars.next()?;
+            chars.next().filter(|&(_, char)| char == '\'').map(|(at, _)| at + 1)
+        }
+        _ => None,
+    }
+}
+
+/// The length of the raw string at the start of `text`.
+fn raw(text: &str) -> Option<usize> {
+    let prefix = ["r", "br", "cr"]
+        .into_iter()
+        .find(|prefix| text.strip_prefix(prefix).is_some_and(|rest| rest.trim_start_matches('#').starts_with('"')))?;
+    let rest = &text[prefix.len()..];
+    let hashes = rest.len() - rest.trim_start_matches('#').len();
+    let open = prefix.len() + hashes + 1;
+    let close = format!("\"{}", "#".repeat(hashes));
+    Some(text[open..].find(&close).map_or(text.len(), |at| open + at + close.len()))
+}
+
+/// What `blank_tests` makes of each line of a test.
+const TEST_LINE: &str = "\u{b7}";
+
+/// The same code without the items under `#[cfg(test)]`.
+fn blank_tests(code: &str) -> String {
+    const MARK: &str = "#[cfg(test)]";
+    let mut program = String::with_capacity(code.len());
+    let mut rest = code;
+    while let Some(at) = rest.find(MARK) {
+        program.push_str(&rest[..at]);
+        let item = &rest[at + MARK.len()..];
+        let pieces: Vec<(usize, &str)> =
+            item.char_indices().map(|(at, char)| (at, &item[at..at + char.len_utf8()])).collect();
+        let end = pieces.get(item_end(pieces.iter().map(|&(_, piece)| piece))).map_or(item.len(), |&(at, _)| at + 1);
+        let lines = item[..end].matches('\n').count();
+        program.push_str(&format!("{TEST_LINE}\n").repeat(lines));
+        program.push_str(TEST_LINE);
+        rest = &item[end..];
+    }
+    program + rest
+}
+
+/// Where the item that begins here ends: at its `;`, or at the brace that closes its body.
+fn item_end<'a>(mut tokens: impl Iterator<Item = &'a str>) -> usize {
+    let (mut depth, mut braces) = (0, 0);
+    let end = tokens.position(|token| {
+        match token {
+            "(" | "[" => depth += 1,
+            ")" | "]" => depth -= 1,
+            "{" => braces += 1,
+            "}" => braces -= 1,
             _ => {}
         }
-    }
-    names.retain(|name| !name.is_empty());
-    names
-}
-
-/// Names of modules that stand below the file's own in `src/lib.rs`.
-fn upward(source: &Source, order: &[String]) -> Vec<String> {
-    let Some(path) = source.path.strip_prefix("src/").and_then(|path| path.strip_suffix(".rs")) else {
-        return Vec::new();
-    };
-    let inside: Vec<&str> = path.trim_end_matches("/mod").split('/').collect();
-    let Some(own) = order.iter().position(|module| module == inside[0]) else { return Vec::new() };
-    let with_tests = [&inside[..], &["tests"]].concat();
-    let (before, tests) = source.code.split_at(source.tests());
-    let first_line_of_tests = before.matches('\n').count();
-    let mut named = named_modules(before, &inside);
-    let tests = named_modules(tests, &with_tests);
-    named.extend(tests.into_iter().map(|(line, name)| (line + first_line_of_tests, name)));
-    let above = |name: &String| order.iter().position(|module| module == name).is_some_and(|at| at > own);
-    let wrong = named.into_iter().filter(|(_, name)| above(name));
-    wrong.map(|(line, name)| format!("{}: {} uses {name}, which stands above it", source.at(line), inside[0])).collect()
-}
-
-fn first_line(source: &Source) -> Vec<String> {
-    let missing = !source.text.starts_with("//! ");
-    missing
-        .then(|| format!("{}: the first line does not say with `//!` what the file owns", source.at(0)))
-        .into_iter()
-        .collect()
-}
-
-fn impure(source: &Source) -> Vec<String> {
-    if !source.is_pure() {
-        return Vec::new();
-    }
-    let code = &source.code[..source.tests()];
-    let found = code.lines().enumerate().flat_map(|(line, text)| {
-        let text = if text == FORMATTING { "" } else { text };
-        let named = IMPURE.iter().filter(move |word| names(text, word));
-        named.map(move |word| format!("{}: a pure file names {word}", source.at(line)))
+        depth <= 0 && braces <= 0 && (token == "}" || token == ";")
     });
-    found.collect()
+    end.unwrap_or(usize::MAX)
 }
 
-/// Does the line name this path, and not one that merely ends or begins like it?
-fn names(line: &str, word: &str) -> bool {
-    let part_of_name = |one: char| one.is_alphanumeric() || one == '_';
-    line.match_indices(word).any(|(at, _)| {
-        let after = line[at + word.len()..].chars().next();
-        let whole = word.ends_with([':', '!']) || !after.is_some_and(part_of_name);
-        whole && !line[..at].chars().last().is_some_and(part_of_name)
-    })
-}
-
-fn unsafe_blocks(source: &Source) -> Vec<String> {
-    let lines: Vec<&str> = source.text.lines().collect();
-    let mut wrong = Vec::new();
-    for (line, _) in source.code.lines().enumerate().filter(|(_, text)| names(text, "unsafe")) {
-        if !source.path.starts_with("src/net/") {
-            wrong.push(format!("{}: `unsafe` outside src/net/", source.at(line)));
-        }
-        let comment = lines[..line].iter().rev().take_while(|above| above.trim_start().starts_with("//"));
-        if !comment.into_iter().any(|above| above.trim_start().starts_with("// SAFETY:")) {
-            wrong.push(format!("{}: `unsafe` without a `// SAFETY:` above it", source.at(line)));
+/// Words, `::` and single signs, each with its line.
+fn tokens(code: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    for (index, mut rest) in code.lines().enumerate() {
+        loop {
+            rest = rest.trim_start();
+            let Some(first) = rest.chars().next() else { break };
+            let length = match rest.find(|char| !is_word(char)).unwrap_or(rest.len()) {
+                0 if rest.starts_with("::") => 2,
+                0 => first.len_utf8(),
+                word => word,
+            };
+            let (token, after) = rest.split_at(length);
+            found.push((index + 1, token));
+            rest = after;
         }
     }
-    wrong
+    found
 }
 
-fn long_file(source: &Source) -> Vec<String> {
-    let lines = source.text[..source.tests()].lines().count();
-    let long = lines > FILE_LINES_MAX;
-    long.then(|| format!("{}: {lines} lines before its tests, {FILE_LINES_MAX} at most", source.path))
-        .into_iter()
-        .collect()
-}
-
-/// Lines of code, without blank ones, comments and what long strings hold (tables, snapshots).
-///
-/// rustfmt puts the closing brace under the line on which a function begins.
-fn long_functions(source: &Source) -> Vec<String> {
-    let lines: Vec<&str> = source.code.lines().map(str::trim_end).collect();
-    let mut wrong = Vec::new();
-    for (start, line) in lines.iter().enumerate() {
-        let words = line.trim_start();
-        let begins = ["fn ", "pub ", "pub(", "async ", "const ", "unsafe ", "extern "];
-        let one_line = line.ends_with(';') || line.ends_with('}');
-        if one_line || !names(line, "fn") || !begins.iter().any(|begin| words.starts_with(begin)) {
-            continue;
-        }
-        let closing = format!("{}}}", &line[..line.len() - words.len()]);
-        let end = lines[start..].iter().position(|line| *line == closing).unwrap_or_default();
-        let length = lines[start..=start + end].iter().filter(|line| !line.is_empty()).count();
-        if length > FUNCTION_LINES_MAX {
-            wrong.push(format!("{}: a function of {length} lines, {FUNCTION_LINES_MAX} at most", source.at(start)));
-        }
-    }
-    wrong
-}
-
-fn unfinished(source: &Source) -> Vec<String> {
-    let found = source.code.lines().enumerate().flat_map(|(line, text)| {
-        let marks = ["todo!", "unimplemented!", "dbg!"].into_iter().filter(move |mark| names(text, mark));
-        let marks = marks.chain(text.contains("#[ignore").then_some("#[ignore]"));
-        marks.map(move |mark| format!("{}: {mark}", source.at(line)))
-    });
-    found.collect()
-}
-
-fn sleeping(source: &Source) -> Vec<String> {
-    let start = if source.path.starts_with("src/") { source.tests() } else { 0 };
-    if SLEEPS.iter().any(|(path, _)| *path == source.path) {
-        return Vec::new();
-    }
-    let first = source.text[..start].matches('\n').count();
-    let found = source.code[start..].lines().enumerate().filter(|(_, text)| text.contains("thread::sleep"));
-    found.map(|(line, _)| format!("{}: a test sleeps; wait for the event", source.at(first + line))).collect()
-}
-
-/// What git has at the top; without git, what is there.
-fn top_level(root: &Path) -> BTreeSet<String> {
-    let listed = Command::new("git").arg("-C").arg(root).args(["ls-files", "-z"]).output();
-    match listed {
-        Ok(listed) if listed.status.success() && !listed.stdout.is_empty() => {
-            let files = String::from_utf8_lossy(&listed.stdout).into_owned();
-            files
-                .split('\0')
-                .filter_map(|file| file.split('/').next())
-                .filter(|top| !top.is_empty())
-                .map(str::to_owned)
-                .collect()
-        }
-        _ => {
-            let entries = std::fs::read_dir(root).expect("the repository is there");
-            let names = entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned());
-            names.filter(|name| ![".git", "target"].contains(&name.as_str())).collect()
-        }
-    }
-}
-
-fn strangers(top_level: &BTreeSet<String>) -> Vec<String> {
-    let strangers = top_level.iter().filter(|entry| !TOP_LEVEL.contains(&entry.as_str()));
-    strangers.map(|entry| format!("{entry}: does not belong at the top level")).collect()
-}
-
-mod finds {
+mod tests {
     use super::*;
 
-    fn assert_finds(rule: fn(&Source) -> Vec<String>, path: &str, text: &str, expected: &[&str]) {
-        let found = rule(&Source::new(path, text));
-        assert_eq!(found.len(), expected.len(), "{found:?}");
-        for (found, expected) in found.iter().zip(expected) {
-            assert!(found.contains(expected), "{found:?} is not about {expected:?}");
-        }
+    const LIB: &str =
+        "//! The map.\n\n/// PURE. Bytes.\npub mod codec;\n/// Acts.\npub mod net;\n/// Acts.\npub mod pool;\n";
+
+    /// The lines that a rule complains about.
+    fn lines(found: Vec<Complaint>) -> Vec<usize> {
+        found.into_iter().map(|(line, _)| line).collect()
+    }
+
+    fn upward_lines(path: &str, code: &str) -> Vec<usize> {
+        lines(upward(&modules(LIB), path, &blank_tests(&blank_prose(code))))
     }
 
     #[test]
-    fn comments_and_strings_are_no_code() {
-        let text = "let a = \"x // \\\" crate::b\"; // crate::c\nlet c = '\"'; /* crate::d\n */ let r = r#\"\"crate::e\"#; fn f<'a>(x: &'a u8) {}\n";
-        let code = code(text);
-        assert_eq!(code.len(), text.len());
-        assert_eq!(code.matches('\n').count(), text.matches('\n').count());
-        assert!(!code.contains("crate") && code.contains("fn f<'a>(x: &'a u8) {}"), "{code}");
+    fn reads_the_list_of_modules() {
+        let module = |name: &str, pure| Module { name: name.to_owned(), pure };
+        assert_eq!(modules(LIB), [module("codec", true), module("net", false), module("pool", false)]);
     }
 
     #[test]
-    fn upward_imports() {
-        let order: Vec<String> = module_order("/// Low.\npub mod low;\npub mod middle;\npub mod high;\n");
-        let found = |path: &str, text: &str| upward(&Source::new(path, text), &order).len();
-        for (text, count) in [
-            ("use crate::low::X;", 0),
-            ("use crate::middle::X;", 0),
-            ("use crate::high::X;", 1),
-            ("use crate::{low, high::{self, Y}, middle};", 1),
-            ("fn f() { crate::high::g() }", 1),
-            ("use super::inner;", 0),
-            ("use super::super::high;", 1),
-            ("// crate::high\nlet x = \"crate::high\";", 0),
-            (
-                "#[cfg(test)]\nmod tests {\n    use crate::high;\n    use super::super::inner;\n    use super::super::super::high;\n}",
-                2,
-            ),
+    fn blanks_comments_and_quotes() {
+        for (text, code) in [
+            ("a // b\nc", "a     \nc"),
+            ("a /* b /* c */ d */ e", "a                   e"),
+            (r#"f("a \" // b", x)"#, "f(           , x)"),
+            ("f(r#\"a \" b\"#, br\"\\\")", "f(          ,      )"),
+            ("r#fn(x)", "r#fn(x)"),
+            (r"['a', '\'', '\u{7d}', '{', b'\\']", "[   ,     ,         ,    , b    ]"),
+            ("fn f<'a>(x: &'a str, y: 'b')", "fn f<'a>(x: &'a str, y:    )"),
+            ("\"two\nlines\" x", "    \n       x"),
         ] {
-            assert_eq!(found("src/middle/file.rs", text), count, "{text}");
+            assert_eq!(blank_prose(text), code, "{text}");
         }
-        assert_eq!(found("src/middle/mod.rs", "use super::high;"), 1);
-        assert_eq!(found("src/middle.rs", "use super::high;"), 1);
-        assert_eq!(found("src/high.rs", "use crate::low; use crate::{middle, high};"), 0);
-        assert_eq!(found("src/main.rs", "use crate::high;"), 0);
-        let line = upward(&Source::new("src/low.rs", "//! Low.\n\nuse crate::high;\n"), &order).remove(0);
-        assert_eq!(line, "src/low.rs:3: low uses high, which stands above it");
     }
 
     #[test]
-    fn impure_words() {
-        assert_finds(
-            impure,
-            "src/pool/balance.rs",
-            "use std::time::Instant;\nlet x = Instant::now();\n",
-            &["Instant::now"],
-        );
-        assert_finds(
-            impure,
-            "src/proxy_protocol/new.rs",
-            "use std::io::Read;\nuse tokio::net;\n",
-            &["std::io", "tokio"],
-        );
-        assert_finds(impure, "src/other.rs", "//! PURE. Rules.\nlet n = fastrand::u32(..);\n", &["fastrand"]);
-        assert_finds(impure, "src/other.rs", "//! Acts.\nuse tokio::net;\n", &[]);
-        assert_finds(
-            impure,
-            "src/other.rs",
-            "//! PURE.\n// tokio\nlet tokio_like = 1;\n#[cfg(test)]\nmod tests { use std::fs; }\n",
-            &[],
+    fn blanks_tests_and_keeps_the_lines() {
+        let code = "use a;\n#[cfg(test)]\n#[path = 1]\nmod b;\nfn c() {}\n#[cfg(test)]\nmod tests {\n    fn d() { [1; 2] }\n}\nfn e() {}";
+        assert_eq!(
+            blank_tests(code),
+            "use a;\n\u{b7}\n\u{b7}\n\u{b7}\nfn c() {}\n\u{b7}\n\u{b7}\n\u{b7}\n\u{b7}\nfn e() {}"
         );
     }
 
     #[test]
-    fn unsafe_code() {
-        let good = "//! Net.\n// SAFETY: the pointer\n// is valid.\nunsafe { f() }\n";
-        assert_finds(unsafe_blocks, "src/net/x.rs", good, &[]);
-        assert_finds(unsafe_blocks, "src/relay.rs", good, &["outside"]);
-        assert_finds(unsafe_blocks, "src/net/x.rs", "//! Net.\nlet x = unsafe { f() };\n", &["SAFETY"]);
-        assert_finds(unsafe_blocks, "src/net/x.rs", "//! Nothing unsafe.\nlet unsafely = \"unsafe\";\n", &[]);
+    fn upward_imports_are_found_in_every_spelling() {
+        for code in [
+            "use crate::pool::Pool;",
+            "use crate::{codec, pool::Pool};",
+            "use crate::{codec::{self, v1}, pool};",
+            "fn f() { crate::pool::pick() }",
+            "use super::pool::Pool;",
+            "pub(crate) fn f(pool: &super::pool::Pool) {}",
+            "mod inner { use super::super::pool; }",
+            "use crate::nowhere;",
+            "use crate::*;",
+        ] {
+            assert_eq!(upward_lines("src/net/mod.rs", &format!("//! Net.\n{code}")), [2], "{code}");
+        }
+        assert_eq!(upward_lines("src/net/listen.rs", "use super::super::{codec, pool};"), [1]);
+        assert_eq!(upward_lines("src/unlisted.rs", ""), [1]);
     }
 
     #[test]
-    fn sizes() {
-        let lines = |count: usize| "    x();\n".repeat(count);
-        assert_finds(long_file, "src/x.rs", &lines(600), &[]);
-        assert_finds(long_file, "src/x.rs", &lines(601), &["601 lines"]);
-        assert_finds(long_file, "src/x.rs", &format!("{}#[cfg(test)]\nmod tests {{\n{}", lines(600), lines(600)), &[]);
-        let function = |count| format!("pub(crate) async fn f(\n    x: u8,\n) {{\n{}}}\n", lines(count));
-        assert_finds(long_functions, "src/x.rs", &function(66), &[]);
-        assert_finds(long_functions, "src/x.rs", &function(67), &["71 lines"]);
-        let method = format!("impl X {{\n    fn f() {{\n{}    }}\n    fn g() {{}}\n}}\n", lines(69));
-        assert_finds(long_functions, "src/x.rs", &method, &["x.rs:2: a function of 71 lines"]);
+    fn downward_imports_and_those_of_tests_are_right() {
+        for code in [
+            "use crate::codec;",
+            "use crate::net::listen;",
+            "use crate::{codec::pool, net};",
+            "// use crate::pool;\nconst TEXT: &str = \"crate::pool\";",
+            "pub(crate) mod pool;\npub(in crate::net) fn f() {}",
+            "mod inner { use super::pool; }",
+            "#[cfg(test)]\nmod tests { use crate::pool; }",
+            "#[cfg(test)]\nuse crate::pool;",
+        ] {
+            assert!(upward_lines("src/net/mod.rs", code).is_empty(), "{code}");
+        }
+        assert!(upward_lines("src/net/listen.rs", "use super::pool; mod inner { use super::super::pool; }").is_empty());
+        assert!(upward_lines("src/main.rs", "crate::pool").is_empty());
     }
 
     #[test]
-    fn unfinished_and_sleeping_code() {
-        assert_finds(
-            unfinished,
-            "src/x.rs",
-            "todo!();\nunimplemented!();\n#[ignore]\n// todo!()\n",
-            &["todo", "unim", "ignore"],
-        );
-        let sleeps = "fn wait() { std::thread::sleep(x) }\n";
-        assert_finds(sleeping, "tests/it/x.rs", sleeps, &["x.rs:1: a test sleeps"]);
-        assert_finds(sleeping, "src/x.rs", sleeps, &[]);
-        let in_tests = format!("//! X.\n#[cfg(test)]\nmod tests {{\n    {sleeps}}}\n");
-        assert_finds(sleeping, "src/x.rs", &in_tests, &["x.rs:4: a test sleeps"]);
+    fn purity_is_marked_in_the_file_or_in_the_list() {
+        let modules = modules(LIB);
+        assert!(is_pure(&modules, "src/codec/v1.rs", "//! Version 1."));
+        assert!(is_pure(&modules, "src/pool/balance.rs", "//! PURE. Who is next."));
+        assert!(!is_pure(&modules, "src/pool/mod.rs", "//! Upstreams.\n//! PURE. No."));
+        assert!(!is_pure(&modules, "tests/it/codec.rs", "//! Tests."));
     }
 
     #[test]
-    fn first_lines_and_strangers() {
-        assert_finds(first_line, "src/x.rs", "//! Owns x.\n", &[]);
-        assert_finds(first_line, "src/x.rs", "use x;\n//! Owns x.\n", &["src/x.rs:1"]);
-        let top = |names: &[&str]| strangers(&names.iter().map(|&name| name.to_owned()).collect());
-        assert!(top(&["src", "tests", "Cargo.toml", ".ci"]).is_empty());
-        assert_eq!(top(&["src", "notes.txt"]), ["notes.txt: does not belong at the top level"]);
+    fn io_clocks_and_chance_are_impure() {
+        for code in [
+            "use std::fs;",
+            "use std::{env, net::IpAddr};",
+            "use tokio::time;",
+            "let now = Instant::now();",
+            "start.elapsed()",
+            "let number = fastrand::u64(..);",
+            "println!();",
+            "use crate::net::check;",
+            "use super::super::log::line;",
+        ] {
+            assert_eq!(lines(impure("src/pool/balance.rs", &format!("\n{code}"))), [2], "{code}");
+        }
+        for code in
+            ["fn due(now: Instant) -> bool", "use std::net::SocketAddr;", "use crate::config::Pool;", "io::Error"]
+        {
+            assert!(impure("src/pool/balance.rs", code).is_empty(), "{code}");
+        }
+    }
+
+    #[test]
+    fn unsafe_needs_its_place_and_its_reason() {
+        let reason = "// SAFETY: it is\n// so.\nlet a = unsafe { b() };";
+        assert_eq!(lines(unsound("src/pool/mod.rs", reason)), [3]);
+        assert!(unsound("src/net/mod.rs", reason).is_empty());
+        assert!(unsound("src/pool/mod.rs", "#![forbid(unsafe_code)] // unsafe").is_empty());
+        for text in
+            ["unsafe { b() }", "// SAFETY: it is so.\n\nunsafe { b() }", "// SAFETY: of a.\na();\nunsafe { b() }"]
+        {
+            assert_eq!(lines(unsound("src/net/mod.rs", text)), [text.lines().count()], "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_limits() {
+        assert!(long_file(&"x\n".repeat(600)).is_empty());
+        assert_eq!(long_file(&"x\n".repeat(601)).len(), 1);
+        let tested = format!("{}#[cfg(test)]\nmod tests {{\n{}}}\n", "x\n".repeat(600), "y\n".repeat(100));
+        assert!(long_file(&blank_tests(&tested)).is_empty());
+        let function =
+            |lines: usize| format!("trait A {{ fn a(); }}\nfn b(c: [u8; 2]) {{\n{}}}\n", "if c {}\n".repeat(lines - 2));
+        assert!(long_functions(&function(70)).is_empty());
+        assert_eq!(lines(long_functions(&function(71))), [2]);
+    }
+
+    #[test]
+    fn first_lines_gaps_and_switched_off_tests_are_seen() {
+        assert!(undescribed("//! Owns this.\n").is_empty());
+        assert_eq!(undescribed("").len() + undescribed("\n//! Owns this.").len() + undescribed("//!\n").len(), 3);
+        assert_eq!(lines(undone("todo!();\nunimplemented!();\n#[ignore]\n#[ignore = ]\ndbg!(a)")), [1, 2, 3, 4, 5]);
+        assert!(undone(&blank_prose("// todo!\nlet todo = 1; \"unimplemented!()\"; #[must_use]")).is_empty());
+    }
+
+    #[test]
+    fn a_sleep_says_why() {
+        assert_eq!(lines(sleeps("a();\nstd::thread::sleep(A);")), [2]);
+        assert_eq!(lines(sleeps("// A comment.\ntokio::time::sleep(A).await;")), [2]);
+        assert!(sleeps("// SLEEP: the peer is slow.\nsleep(A);\nsleep(B); // SLEEP: the same.").is_empty());
+        assert!(sleeps("use std::thread::sleep;\n// sleep(A)\nasleep(B);").is_empty());
+    }
+
+    #[test]
+    fn dependencies_without_a_sentence_are_found() {
+        let manifest = "[package]\nname = 1\n[dependencies]\n# Why.\na = 1\nb = 1\n# No sentence\nc.workspace = true\n\
+            [dev-dependencies]\n\nd = 1\n[target.x.dependencies.e]\nversion = 1\n[profile.dev]\ndebug = 1\n";
+        assert_eq!(unexplained(manifest), ["b", "c", "d", "target.x.dependencies.e"]);
+    }
+
+    #[test]
+    fn entries_at_the_top_are_listed() {
+        let listed = ["Cargo.toml", ".ci/run", "src/lib.rs", "LICENSE-MIT", "scripts/a", "scripts/b", "notes.md"];
+        assert_eq!(Vec::from_iter(astray(listed.into_iter())), ["notes.md", "scripts"]);
     }
 }

@@ -112,6 +112,7 @@ fn assert_same(what: &str, got: &[u8], expected: &[u8]) {
 
 /// A pause that is itself what is tested: a peer that is slow.
 fn dawdle(time: Duration) {
+    // SLEEP: a slow peer, not a wait for anything.
     std::thread::sleep(time);
 }
 
