@@ -26,12 +26,9 @@ pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 impl Stream {
     /// Takes an accepted, non-blocking socket into the current runtime.
     pub fn new(fd: OwnedFd) -> io::Result<Stream> {
+        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
         // SAFETY: an OwnedFd refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Stream {
-            fd: unsafe {
-                AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?
-            },
-        })
+        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(fd, interest)? } })
     }
 
     /// Starts to connect; `connected` tells the outcome.

@@ -47,7 +47,8 @@ const IMPURE: [&str; 17] = [
 const FORMATTING: &str = "use std::io::Write as _;";
 
 /// Where a test may sleep, and why it is no wait for an event.
-const SLEEPS: [(&str, &str); 3] = [
+const SLEEPS: [(&str, &str); 4] = [
+    ("tests/it/hostile.rs", "a slow client is what is tested"),
     ("tests/it/support/mod.rs", "`eventually` polls for what only polling can show"),
     ("tests/it/traffic.rs", "a slow peer is what is tested"),
     ("src/health/probe.rs", "a thread that does something else is what is tested"),

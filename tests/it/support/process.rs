@@ -2,9 +2,12 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
+
+use rustix::process::Signal;
 
 use super::DEADLINE;
 
@@ -115,6 +118,8 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            // A group of its own: nginx's workers must end with their master, which cannot tell them when it is killed.
+            .process_group(0)
             .spawn()
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         let stdout = Output::read(child.stdout.take().expect("stdout is piped"));
@@ -137,7 +142,7 @@ impl Process {
 
     /// Sends a signal to it.
     #[track_caller]
-    pub fn signal(&self, signal: rustix::process::Signal) {
+    pub fn signal(&self, signal: Signal) {
         let id = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(id, signal).expect("the process takes a signal");
     }
@@ -162,7 +167,8 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if self.is_running() {
-            self.child.kill().expect("a running child can be killed");
+            let group = rustix::process::Pid::from_child(&self.child);
+            rustix::process::kill_process_group(group, Signal::KILL).expect("a running child's group can be killed");
             self.child.wait().expect("a killed child ends");
         }
         if std::thread::panicking() {
