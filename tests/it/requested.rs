@@ -3,8 +3,9 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use crate::support::client::{connect_from, loopback};
 use crate::support::peers::nginx;
@@ -65,14 +66,19 @@ fn tshark_decodes_our_header() {
     }
 }
 
-/// The Go receiver, built with the distribution's compiler and package.
-fn go_receiver(directory: &Path) -> (Process, SocketAddr) {
-    let binary = directory.join("receiver");
-    let mut build = Command::new(program("go"));
-    build.args(["build", "-o"]).arg(&binary).arg(peers_directory().join("receiver.go"));
-    build.envs([("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode"), ("GOFLAGS", ""), ("CGO_ENABLED", "0")]);
-    let (status, output) = Process::run(build.env("GOCACHE", directory.join("cache")));
-    assert!(status.success(), "{output}: run tests/run, which installs what the tests need");
+/// The Go receiver, built once with the distribution's compiler and package; a later run finds Go's cache.
+fn go_receiver() -> (Process, SocketAddr) {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let binary = BINARY.get_or_init(|| {
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("go");
+        let binary = directory.join("receiver");
+        let mut build = Command::new(program("go"));
+        build.args(["build", "-o"]).arg(&binary).arg(peers_directory().join("receiver.go"));
+        build.envs([("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode"), ("GOFLAGS", ""), ("CGO_ENABLED", "0")]);
+        let (status, output) = Process::run(build.env("GOCACHE", directory.join("cache")));
+        assert!(status.success(), "{output}: run tests/run, which installs what the tests need");
+        binary
+    });
     let process = Process::start(Command::new(binary).arg("127.0.0.1:0"));
     let line = process.stdout.wait_for("the Go receiver listens", |line| line.starts_with("listening on "));
     let address = line.trim_start_matches("listening on ").parse().expect("an address");
@@ -81,8 +87,7 @@ fn go_receiver(directory: &Path) -> (Process, SocketAddr) {
 
 #[test]
 fn a_go_receiver_prints_the_client() {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    let (process, address) = go_receiver(directory.path());
+    let (process, address) = go_receiver();
     for (version, vpce) in [("v1", ""), ("v2", VPCE)] {
         let lb = preface(&with_vpce(address, version));
         for index in 0..20 {
@@ -99,8 +104,7 @@ fn a_go_receiver_prints_the_client() {
 /// Two listeners share a pool; Go's parser for AWS names the endpoint of each.
 #[test]
 fn a_go_receiver_names_the_endpoint_of_each_listener() {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    let (_process, address) = go_receiver(directory.path());
+    let (_process, address) = go_receiver();
     let config = format!(
         "[listeners.blue]\nbind = \"127.0.0.1:0\"\npool = \"p\"\ntlvs = {{ vpce_id = \"vpce-blue\" }}\n\
          [listeners.green]\nbind = \"127.0.0.1:0\"\npool = \"p\"\n[listeners.green.tlvs]\nvpce_id = \"vpce-green\"\n\
