@@ -189,7 +189,7 @@ pub struct Record {
     client: SocketAddr,
     local: Option<SocketAddr>,
     pool: Option<Arc<str>>,
-    header: Option<Version>,
+    header: Option<&'static str>,
     connect: Option<Duration>,
     attempts: u32,
     in_source: bool,
@@ -220,7 +220,7 @@ impl Record {
             waker: RefCell::default(),
         });
         let index = shared.registry.borrow_mut().insert(Rc::clone(&entry));
-        Record {
+        let record = Record {
             shared: Rc::clone(shared),
             entry,
             index,
@@ -234,7 +234,13 @@ impl Record {
             in_source,
             ended: false,
             open,
+        };
+        if shared.with_snapshot(|snapshot| snapshot.log_connections == Some(LogConnections::StartAndEnd)) {
+            let (format, now) = (shared.log.format(), SystemTime::now());
+            let line = log::connection_start_line(format, now, &record.id, &listener.name, client);
+            shared.log.send(line.as_bytes());
         }
+        record
     }
 
     /// Counts and logs the end.
@@ -272,7 +278,7 @@ impl Record {
             local: self.local,
             pool: self.pool.as_deref(),
             upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
-            header: self.header.map(Version::as_str),
+            header: self.header,
             bytes_in: self.entry.bytes_in.get(),
             bytes_out: self.entry.bytes_out.get(),
             connect: self.connect,
@@ -359,6 +365,7 @@ async fn reach(
         record.attempts += 1;
         *record.entry.upstream.borrow_mut() = Some(Arc::clone(picked.lease.life()));
         let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(Instant::now()));
+        let begun = Instant::now();
         let keepalive = listener.config.keepalive;
         let connected = tokio::select! {
             biased;
@@ -367,12 +374,13 @@ async fn reach(
         };
         match connected {
             Ok(upstream) => {
+                let connected = begun.elapsed();
                 let plan = &listener.headers[pool.upstreams[picked.index].entry];
                 match introduce(client, &upstream, local, plan, record, early).await {
                     Ok(()) => {
                         picked.lease.life().connect_succeeded();
-                        record.connect = Some(record.entry.started.elapsed());
-                        record.header = plan.version;
+                        record.connect = Some(connected);
+                        record.header = Some(plan.version.map_or("off", Version::as_str));
                         if let Some(version) = plan.version {
                             record.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
                         }

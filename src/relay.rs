@@ -135,13 +135,14 @@ struct Relay<'a, O> {
 }
 
 /// What one look at a direction brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
     /// Nothing more to do now.
-    Waiting { moved: usize },
+    Waiting,
     /// The budget is used up: more may be there.
-    Busy { moved: usize },
+    Busy,
     /// Everything was delivered and the close passed on.
-    Done { moved: usize },
+    Done,
 }
 
 impl<'a, O: Observer> Relay<'a, O> {
@@ -155,18 +156,21 @@ impl<'a, O: Observer> Relay<'a, O> {
         if let Some(termination) = self.observer.poll_ordered(cx) {
             return Poll::Ready(Stopped::Ended(termination));
         }
-        let up = match self.up.poll(cx, self.client, self.upstream, scratch) {
+        let (mut up_moved, mut down_moved) = (0, 0);
+        let up = self.up.poll(cx, self.client, self.upstream, scratch, &mut up_moved);
+        self.observer.to_upstream(up_moved);
+        let up = match up {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Client)),
             Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
         };
-        let down = match self.down.poll(cx, self.upstream, self.client, scratch) {
+        let down = self.down.poll(cx, self.upstream, self.client, scratch, &mut down_moved);
+        self.observer.to_client(down_moved);
+        let down = match down {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
             Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Client)),
         };
-        self.observer.to_upstream(up.moved());
-        self.observer.to_client(down.moved());
         if self.first_eof.is_none() {
             self.first_eof = match (self.up.eof, self.down.eof) {
                 (true, _) => Some(Side::Client),
@@ -174,13 +178,13 @@ impl<'a, O: Observer> Relay<'a, O> {
                 _ => None,
             };
         }
-        if matches!((&up, &down), (Progress::Done { .. }, Progress::Done { .. })) {
+        if (up, down) == (Progress::Done, Progress::Done) {
             return Poll::Ready(Stopped::Finished);
         }
-        if up.moved() + down.moved() > 0 {
+        if up_moved + down_moved > 0 {
             self.last_active = Instant::now();
         }
-        if matches!(up, Progress::Busy { .. }) || matches!(down, Progress::Busy { .. }) {
+        if up == Progress::Busy || down == Progress::Busy {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -206,47 +210,45 @@ impl<'a, O: Observer> Relay<'a, O> {
             Side::Client => (self.client, self.upstream),
             Side::Upstream => (self.upstream, self.client),
         };
-        let stalled = sleep(RESET_STALL_MAX);
-        tokio::pin!(stalled);
-        poll_fn(|cx| {
-            let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
-            // The close must not be passed on: the reset comes in its place.
-            direction.shut = true;
-            let progress = direction.poll(cx, from, to, &mut scratch.borrow_mut());
-            let (finished, moved, busy) = match progress {
-                Ok(Progress::Waiting { moved }) => (false, moved, false),
-                Ok(Progress::Busy { moved }) => (false, moved, true),
-                Ok(Progress::Done { moved }) => (true, moved, false),
-                Err(End::Read) => {
+        let (mut is_read, mut least, mut since) = (false, usize::MAX, Instant::now());
+        loop {
+            let mut moved = 0;
+            let (progress, ordered) = poll_fn(|cx| {
+                let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
+                // The close must not be passed on: the reset comes in its place.
+                direction.shut = true;
+                let progress = direction.poll(cx, from, to, &mut scratch.borrow_mut(), &mut moved);
+                if matches!(progress, Err(End::Read)) {
                     // All that it sent was read; what is pending still has to go.
                     direction.eof = true;
-                    (direction.pending.is_empty(), 0, !direction.pending.is_empty())
                 }
-                Err(End::Write) => (true, 0, false),
-            };
+                Poll::Ready((progress, self.observer.poll_ordered(cx)))
+            })
+            .await;
             match side {
                 Side::Client => self.observer.to_upstream(moved),
                 Side::Upstream => self.observer.to_client(moved),
             }
-            if finished || self.observer.poll_ordered(cx).is_some() {
-                return Poll::Ready(());
+            match progress {
+                Ok(Progress::Done) => is_read = true,
+                Ok(Progress::Waiting) => {}
+                Ok(Progress::Busy) | Err(End::Read) => {
+                    (least, since) = (usize::MAX, Instant::now());
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+                Err(End::Write) => return,
             }
-            if moved > 0 {
-                stalled.as_mut().reset(Instant::now() + RESET_STALL_MAX);
+            let unacknowledged = to.unacknowledged().unwrap_or(0);
+            if ordered.is_some() || is_read && unacknowledged == 0 {
+                return;
             }
-            if busy {
-                cx.waker().wake_by_ref();
-            }
-            stalled.as_mut().poll(cx)
-        })
-        .await;
-        let mut least = usize::MAX;
-        let mut since = Instant::now();
-        while let Some(left @ 1..) = to.unacknowledged() {
-            if left < least {
-                (least, since) = (left, Instant::now());
+            // One clock for what could not be written and for what was not acknowledged: the other side takes it, or
+            // it does not.
+            if moved > 0 || unacknowledged < least {
+                (least, since) = (unacknowledged, Instant::now());
             } else if since.elapsed() >= RESET_STALL_MAX {
-                break;
+                return;
             }
             sleep(RESET_POLL).await;
         }
@@ -255,14 +257,6 @@ impl<'a, O: Observer> Relay<'a, O> {
 
 fn watch<'a>(watch: &mut Option<ErrorWatch<'a>>, stream: &'a Stream, cx: &mut Context<'_>) -> bool {
     watch.get_or_insert_with(|| stream.error_watch()).as_mut().poll(cx).is_ready()
-}
-
-impl Progress {
-    fn moved(&self) -> usize {
-        match self {
-            Progress::Waiting { moved } | Progress::Busy { moved } | Progress::Done { moved } => *moved,
-        }
-    }
 }
 
 /// Which end of a direction failed.
@@ -277,12 +271,19 @@ impl Direction {
     }
 
     /// Moves what can be moved. Never reads while something is pending: back-pressure is the kernel's buffers.
-    fn poll(&mut self, cx: &mut Context<'_>, from: &Stream, to: &Stream, scratch: &mut [u8]) -> Result<Progress, End> {
-        let mut moved = 0;
+    /// `moved` grows by what was written, also before an error.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &Stream,
+        to: &Stream,
+        scratch: &mut [u8],
+        moved: &mut usize,
+    ) -> Result<Progress, End> {
         for _ in 0..READS_PER_POLL {
             if !self.pending.is_empty() {
-                match self.poll_flush(cx, to, &mut moved) {
-                    Poll::Pending => return Ok(Progress::Waiting { moved }),
+                match self.poll_flush(cx, to, moved) {
+                    Poll::Pending => return Ok(Progress::Waiting),
                     Poll::Ready(Err(_)) => return Err(End::Write),
                     Poll::Ready(Ok(())) => {}
                 }
@@ -293,10 +294,10 @@ impl Direction {
                     let _ = to.shutdown_write();
                     self.shut = true;
                 }
-                return Ok(Progress::Done { moved });
+                return Ok(Progress::Done);
             }
             let count = match from.poll_read(cx, scratch) {
-                Poll::Pending => return Ok(Progress::Waiting { moved }),
+                Poll::Pending => return Ok(Progress::Waiting),
                 Poll::Ready(Err(_)) => return Err(End::Read),
                 Poll::Ready(Ok(0)) => {
                     self.eof = true;
@@ -309,13 +310,13 @@ impl Direction {
                 Poll::Ready(Err(_)) => return Err(End::Write),
                 Poll::Ready(Ok(written)) => written,
             };
-            moved += written;
+            *moved += written;
             if written < count {
                 self.pending = scratch[written..count].to_vec();
                 self.written = 0;
             }
         }
-        Ok(Progress::Busy { moved })
+        Ok(Progress::Busy)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>, to: &Stream, moved: &mut usize) -> Poll<io::Result<()>> {

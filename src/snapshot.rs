@@ -322,6 +322,86 @@ fn plan_headers(listener: &config::Listener, pool: &config::Pool) -> Vec<HeaderP
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::diff;
+
+    const TWO_POOLS: &str = r#"
+        [listeners.web]
+        bind = ["127.0.0.1:80", "127.0.0.1:443"]
+        pool = "ingress"
+        [listeners.other]
+        bind = "127.0.0.1:81"
+        pool = "other"
+        [pools.ingress]
+        upstreams = ["10.0.0.30", "10.0.0.31"]
+        [pools.ingress.health_check]
+        port = 10254
+        protocol = "http"
+        [pools.other]
+        upstreams = ["10.0.0.40:80"]
+    "#;
+
+    fn parse(text: &str) -> Config {
+        config::parse("test.toml", text).unwrap().config
+    }
+
+    fn inputs(config: &Config) -> Inputs {
+        let binds = config.listeners.values().flat_map(|listener| &listener.binds);
+        let slots = binds.enumerate().map(|(slot, bind)| (socket_key(bind, true), slot)).collect();
+        Inputs { slots, has_ipv6: true, ..Inputs::default() }
+    }
+
+    #[test]
+    fn upstreams_without_a_port_take_the_listeners() {
+        let config = parse(TWO_POOLS);
+        let mut inputs = inputs(&config);
+        let snapshot = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
+        for listener in snapshot.slots.values() {
+            let ports: Vec<u16> = listener.pool.upstreams.iter().map(|up| up.life.address.port()).collect();
+            match &*listener.life.name {
+                "web" => assert!(ports == [80, 80] || ports == [443, 443], "{ports:?}"),
+                _ => assert_eq!(ports, [80]),
+            }
+        }
+        assert_eq!(inputs.lives.len(), 5);
+    }
+
+    #[test]
+    fn what_did_not_change_is_carried_over() {
+        let config = parse(TWO_POOLS);
+        let mut inputs = inputs(&config);
+        let first = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
+        let touched = HashSet::from(["other".to_owned()]);
+        let second = build(&first, &config, &mut inputs, Some(&touched), Instant::now());
+        for (slot, listener) in &second.slots {
+            let same = Arc::ptr_eq(listener, &first.slots[slot]);
+            assert_eq!(same, &*listener.life.name == "web");
+            assert!(Arc::ptr_eq(&listener.headers, &first.slots[slot].headers));
+        }
+        let changed = diff::reuse(&config, parse(&TWO_POOLS.replace("10.0.0.40:80", "10.0.0.41:80")));
+        let third = build(&second, &changed, &mut inputs, Some(&HashSet::new()), Instant::now());
+        let of = |snapshot: &Snapshot, pool: &str| Arc::clone(&snapshot.pools[&(pool.to_owned(), None)]);
+        assert!(!Arc::ptr_eq(&of(&third, "other"), &of(&second, "other")));
+        for key in second.pools.keys().filter(|(name, _)| name == "ingress") {
+            assert!(Arc::ptr_eq(&third.pools[key], &second.pools[key]));
+        }
+    }
+
+    #[test]
+    fn health_and_admin_state_reach_the_pool_apart() {
+        let config = parse(TWO_POOLS);
+        let mut inputs = inputs(&config);
+        let key = UpstreamKey { pool: "ingress".to_owned(), address: "10.0.0.30:80".parse().unwrap() };
+        let (health, since) = (Health::Healthy, SystemTime::now());
+        let record = HealthRecord { health, reason: "status 200".to_owned(), since, slow_start: None };
+        inputs.health.insert(key.clone(), record);
+        let admin = AdminRecord { state: AdminState::Draining, since, by: "test".to_owned() };
+        inputs.admin.insert(key, admin);
+        let snapshot = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
+        let pool = &snapshot.pools[&("ingress".to_owned(), Some(80))];
+        assert_eq!(pool.upstreams[0].candidate.health, Health::Healthy);
+        assert_eq!(pool.upstreams[0].candidate.admin, AdminState::Draining);
+        assert_eq!(pool.pick(&[]).unwrap().index, 1, "the other is unknown, and the only one enabled");
+    }
 
     #[test]
     fn a_source_has_its_own_limit_and_ipv6_is_counted_per_64() {

@@ -36,8 +36,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Answer every connection and datagram with its decoded PROXY header
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-For tests and demos. It believes the header of everyone who connects: a real receiver must take headers from its load
-balancers only.")]
+For tests and demos. It believes the header of everyone who connects: a real receiver must take
+headers from its load balancers only.")]
 pub struct Args {
     /// Address and port, TCP and UDP
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]

@@ -53,6 +53,11 @@ pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Box<Diagnostic>> 
     Err(Box::new(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\"")))
 }
 
+/// Where probes are served.
+pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>> {
+    socket_address(text, "probe_bind", "such as \"0.0.0.0:9901\"")
+}
+
 /// The address of an upstream.
 pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Box<Diagnostic>> {
     let value = text.value;
@@ -185,7 +190,7 @@ fn unmapped(text: &Text<'_>, ip: IpAddr) -> Result<IpAddr, Box<Diagnostic>> {
         IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
             let v4 = ip.to_canonical();
             let diagnostic = Diagnostic::error(&text.span, format!("{:?} is an IPv4 address in IPv6 form", text.value));
-            Err(Box::new(diagnostic.help(format!("write {v4}"))))
+            Err(Box::new(diagnostic.help(format!("write it as IPv4: {v4}"))))
         }
         ip => Ok(ip),
     }

@@ -139,15 +139,21 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
     lines.plain("connections", &a.connections, &b.connections);
     let lines = lines.below("admin".to_owned());
     let (a, b) = (&old.admin, &new.admin);
-    lines.plain("bind", &a.bind, &b.bind);
+    if a.bind != b.bind {
+        lines.say(&format!("bind {} -> {} (applies at the next start)", a.bind, b.bind));
+    }
+    if a.probe_bind != b.probe_bind {
+        lines.say("probe_bind changed (applies at the next start)");
+    }
     lines.optional("token_file", &a.token_file, &b.token_file);
 }
 
 fn changed_listener(lines: &mut Lines, old: &Listener, new: &Listener) {
-    lines.list("bind", &old.binds, &new.binds);
-    if old.binds.iter().map(ToString::to_string).eq(new.binds.iter().map(ToString::to_string)) && old.binds != new.binds
-    {
-        lines.say("bind: whether \"[::]\" takes IPv4 too has changed");
+    let shown = |listener: &Listener| comma(&listener.binds);
+    match shown(old) == shown(new) {
+        true if old.binds != new.binds => lines.say("bind: whether \"[::]\" takes IPv4, too, has changed"),
+        true => {}
+        false => lines.say(&format!("bind [{}] -> [{}]", shown(old), shown(new))),
     }
     lines.key("pool", &old.pool, &new.pool, |pool| format!("{pool:?}"));
     lines.duration("idle_timeout", old.idle_timeout, new.idle_timeout);
@@ -248,7 +254,7 @@ fn changed_tlvs(lines: &mut Lines, before: &str, old: &Tlvs, new: &Tlvs) {
         format!("[{}]", entries.collect::<Vec<_>>().join(", "))
     });
     lines.key(&format!("{before}tlvs.custom"), &old.custom, &new.custom, |list| {
-        let entries = list.iter().flatten().map(|(kind, value)| format!("{kind:#04x} \"{}\"", value.escape_ascii()));
+        let entries = list.iter().flatten().map(|(kind, value)| format!("0x{kind:02X} \"{}\"", value.escape_ascii()));
         format!("[{}]", entries.collect::<Vec<_>>().join(", "))
     });
 }

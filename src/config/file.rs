@@ -170,14 +170,14 @@ impl<'a> Section<'a> {
             DeValue::String(text) => match humantime::parse_duration(text) {
                 Ok(duration) if (min..=max).contains(&duration) => Some(duration),
                 Ok(_) => {
-                    let (min, max) = (humantime::format_duration(min), humantime::format_duration(max));
+                    let (min, max) = (in_days(min), in_days(max));
                     let message = format!("{name:?} must be from {min} to {max}");
                     self.note(Diagnostic::error(&value.span(), message).label("out of range"));
                     None
                 }
                 Err(error) => {
                     let message = format!("{name:?} must be {expected}");
-                    self.note(Diagnostic::error(&value.span(), message).label(error.to_string()));
+                    self.note(Diagnostic::error(&value.span(), message).label(duration_problem(&error)));
                     None
                 }
             },
@@ -208,12 +208,22 @@ impl<'a> Section<'a> {
                 }
                 found
             }
+            DeValue::Array(words) => {
+                let is_later =
+                    |word: &&Spanned<DeValue<'_>>| word.get_ref().as_str().is_some_and(|w| later.contains(&w));
+                let Some(word) = words.iter().find(is_later) else {
+                    return self.wrong_type(name, value, &one_of(now));
+                };
+                let what = format!("{name} = {:?}", word.get_ref().as_str().unwrap_or_default());
+                self.note(not_supported(&word.span(), &what).help(format!("what works today: {}", quoted(now))));
+                None
+            }
             DeValue::Boolean(false) if now.contains(&"off") => {
-                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be one of {}", quoted(now)));
+                let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be {}", one_of(now)));
                 self.note(diagnostic.label("a boolean").help("write \"off\""));
                 None
             }
-            _ => self.wrong_type(name, value, &format!("one of {}", quoted(now))),
+            _ => self.wrong_type(name, value, &one_of(now)),
         });
         read.unwrap_or(match key.default {
             Default::Text(word) => word,
@@ -263,7 +273,7 @@ impl<'a> Section<'a> {
         let entry = self.values.and_then(|values| values.get_key_value(name));
         let values = entry.and_then(|(_, value)| match value.get_ref() {
             DeValue::Table(values) => Some(values),
-            _ => self.wrong_type(name, value, &format!("a table: [{}]", table.name)),
+            _ => self.wrong_type(name, value, &format!("a table: [{}]", self.below(name))),
         });
         let span = entry.map_or_else(|| self.span.clone(), |(key, _)| key.span());
         Section::new(self.notes, table, Named { name, path: self.below(name), span }, values)
@@ -317,6 +327,12 @@ impl<'a> Section<'a> {
             _ => self.wrong_type(name, element, expected),
         });
         Some(elements.collect())
+    }
+
+    /// Where a list without elements stands.
+    pub(super) fn empty_list(&self, name: &str) -> Option<Span> {
+        let value = self.value(name)?;
+        value.get_ref().as_array().filter(|array| array.is_empty()).map(|_| value.span())
     }
 
     /// Elements of a list as written, whatever they are.
@@ -400,6 +416,25 @@ pub(super) enum Element<'a> {
     Text(Text<'a>),
 }
 
+/// A year is 365 days here, and not humantime's 365.25.
+fn in_days(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds > 86_400 && seconds.is_multiple_of(86_400) => format!("{} days", seconds / 86_400),
+        _ => humantime::format_duration(duration).to_string(),
+    }
+}
+
+fn duration_problem(error: &humantime::DurationError) -> String {
+    use humantime::DurationError;
+    match error {
+        DurationError::UnknownUnit { unit, .. } if unit.is_empty() => "a number without a unit".to_owned(),
+        DurationError::UnknownUnit { unit, .. } => format!("unknown unit {unit:?}: it takes ms, s, m, h, days"),
+        DurationError::NumberOverflow => "too large".to_owned(),
+        DurationError::Empty => "empty".to_owned(),
+        _ => "not a number with a unit".to_owned(),
+    }
+}
+
 fn tables_with(table: &'static Table, name: &str, found: &mut Vec<String>) {
     if table.key(name).is_some_and(|key| !matches!(key.kind, Kind::Later)) && !table.name.is_empty() {
         let place = format!("[{}]", table.name);
@@ -418,7 +453,7 @@ pub(super) fn not_supported(span: &Span, what: &str) -> Diagnostic {
 }
 
 fn unknown_word(span: &Span, name: &str, word: &str, known: &[&str]) -> Diagnostic {
-    let diagnostic = Diagnostic::error(span, format!("{name:?} must be one of {}", quoted(known)));
+    let diagnostic = Diagnostic::error(span, format!("{name:?} must be {}", one_of(known)));
     match nearest(word, known) {
         Some(near) => diagnostic.label("unknown").help(format!("did you mean {near:?}?")),
         None => diagnostic.label("unknown"),
@@ -439,6 +474,10 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
 fn toml_key(name: &str) -> String {
     let bare = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
     if bare { name.to_owned() } else { format!("{name:?}") }
+}
+
+fn one_of(words: &[&str]) -> String {
+    if words.len() == 1 { quoted(words) } else { format!("one of {}", quoted(words)) }
 }
 
 /// `"a", "b"`

@@ -149,6 +149,9 @@ fn header(section: &Section<'_>, port: Option<u16>, upstreams: &[Upstream]) -> C
 
 fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
     let Some(span) = section.written("proxy_command") else { return };
+    if section.word_is_wrong("proxy_protocol") {
+        return;
+    }
     let sends = |version: Version| match check.proxy_protocol {
         CheckHeader::Off => false,
         CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(version)),
@@ -158,7 +161,7 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
     if check.proxy_command == CheckCommand::Unknown && v2 && !v1 {
         let diagnostic = Diagnostic::error(&span, "\"unknown\" is a word of v1, and these checks send v2");
         section.note(diagnostic.help("write \"local\": it says the same in v2, that the check speaks for itself"));
-    } else if !v1 && !v2 && !upstreams.is_empty() {
+    } else if check.proxy_command != CheckCommand::Local && !v1 && !v2 && !upstreams.is_empty() {
         section.note(
             Diagnostic::warning(&span, "\"proxy_command\" has no effect: these checks send no header").if_whole(),
         );

@@ -179,9 +179,9 @@ static LOG: Table = Table {
         key("format", Kind::Word { now: &["text", "json"], later: &[] }, Default::Text("text"), "Form of a log line."),
         key(
             "connections",
-            Kind::Word { now: &["all", "errors", "off"], later: &["start_and_end"] },
+            Kind::Word { now: &["all", "errors", "off", "start_and_end"], later: &[] },
             Default::Text("all"),
-            "Which connections get a line when they end.",
+            "Which connections get a line when they end; start_and_end: all, and one more when they begin.",
         ),
     ],
 };
@@ -196,7 +196,12 @@ static ADMIN: Table = Table {
             Default::Text("127.0.0.1:9900"),
             "IP address and port, or \"unix:/path\" (mode 0660).",
         ),
-        later("probe_bind"),
+        key(
+            "probe_bind",
+            Kind::Text("an address such as \"0.0.0.0:9901\""),
+            Default::None,
+            "IP address and port for /livez, /readyz and /metrics alone, open to everyone who can reach it; read at start only.",
+        ),
         key(
             "token_file",
             Kind::Text("the path of a file"),

@@ -30,11 +30,10 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
     section.word("protocol");
 
     let (mut binds, mut texts) = (Vec::new(), Vec::new());
-    let written = section.texts("bind");
-    if let (Some(span), true) = (section.written("bind"), written.is_empty()) {
-        section.note(Diagnostic::error(&span, format!("{what} has no address")).label("empty").if_whole());
+    if let Some(span) = section.empty_list("bind") {
+        section.note(Diagnostic::error(&span, format!("{what} has no address")).label("empty"));
     }
-    for text in written {
+    for text in section.texts("bind") {
         match address::bind(&text) {
             Ok(bind) => {
                 if bind.address.port() == 0 {
@@ -49,7 +48,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         }
     }
     let allow = networks(section, "allow");
-    if let (Some(span), true) = (section.written("allow"), section.texts("allow").is_empty()) {
+    if let Some(span) = section.empty_list("allow") {
         let diagnostic = Diagnostic::error(&span, format!("{what} lets nobody connect")).label("an empty list");
         section.note(diagnostic.help("leave \"allow\" out to let everybody connect, or list networks"));
     }
@@ -149,7 +148,10 @@ fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
     let every = [first, second].into_iter().find(|bound| bound.bind.any).filter(|_| first.written != second.written);
     let diagnostic = diagnostic.help(match every {
         Some(every) => format!("{:?} is every IPv4 and every IPv6 address", every.written),
-        None => "one address serves one listener: give one of them another port or address".to_owned(),
+        None if first.written == second.written => {
+            "one address serves one listener: give one of them another port or address".to_owned()
+        }
+        None => "the admin API needs a port that no listener has on every address".to_owned(),
     });
     match first.span.is_empty() {
         true => diagnostic.help(format!("without [admin] bind {} is at {:?}", first.owner, first.written)),

@@ -88,6 +88,8 @@ pub enum LogConnections {
     Errors,
     /// None.
     Off,
+    /// Every connection, one line at its start and one at its end.
+    StartAndEnd,
 }
 
 /// `[admin]`
@@ -95,7 +97,9 @@ pub enum LogConnections {
 pub struct Admin {
     /// Where the admin API listens.
     pub bind: AdminBind,
-    /// Bearer token of mutating calls, read from `token_file` when the configuration was loaded.
+    /// Where `/livez`, `/readyz` and `/metrics` are served to everyone, for a pod's address. Read at start only.
+    pub probe_bind: Option<SocketAddr>,
+    /// File with the bearer token of commands, read at each of them.
     pub token_file: Option<PathBuf>,
 }
 

@@ -104,7 +104,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
     let (mut upstreams, mut places) = (Vec::<Upstream>::new(), Vec::<WrittenUpstream<'a>>::new());
     let Some(elements) = section.list("upstreams") else { return (upstreams, places) };
     let span = section.span_of("upstreams");
-    if elements.is_empty() {
+    if section.empty_list("upstreams").is_some() {
         let diagnostic = Diagnostic::error(&span, format!("pool {:?} has no upstream", section.name)).label("empty");
         section.note(diagnostic.help("list where connections go: upstreams = [\"10.0.0.30:80\"]"));
     }

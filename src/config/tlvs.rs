@@ -26,9 +26,9 @@ const HAPROXY_VALUE_BYTES_MAX: usize = 1_024;
 /// A ULID in text.
 const UNIQUE_ID_BYTES: usize = 26;
 
-/// Who refuses headers beyond how many bytes, as they were seen to do.
+/// Who refuses headers of about how many bytes and more, as they were seen to do.
 const REFUSERS: [(usize, &str); 4] = [
-    (SAFE_BYTES_MAX, "Apache httpd and Exim"),
+    (256, "Apache httpd and Exim"),
     (430, "Varnish, lighttpd and MariaDB"),
     (1_030, "nginx (http), Postfix and PowerDNS"),
     (4_096, "nginx (stream)"),
@@ -44,7 +44,7 @@ pub(super) fn read(section: &Section<'_>) -> Tlvs {
         crc32c: section.boolean("crc32c"),
         unique_id: section.boolean("unique_id"),
         authority: authority(section),
-        netns: section.text("netns").and_then(|text| bounded(section, &text, "netns", NETNS_BYTES_MAX)),
+        netns: section.text("netns").and_then(|text| bounded(section, &text, "\"netns\"", NETNS_BYTES_MAX)),
         custom: custom(section),
     }
 }
@@ -54,11 +54,11 @@ pub(super) fn any(tlvs: &Tlvs) -> bool {
     !values(tlvs).is_empty()
 }
 
-fn bounded(section: &Section<'_>, text: &Text<'_>, key: &str, bytes_max: usize) -> Option<String> {
+fn bounded(section: &Section<'_>, text: &Text<'_>, what: &str, bytes_max: usize) -> Option<String> {
     if (1..=bytes_max).contains(&text.value.len()) {
         return Some(text.value.to_owned());
     }
-    let diagnostic = Diagnostic::error(&text.span, format!("{key:?} must have 1 to {bytes_max} bytes"));
+    let diagnostic = Diagnostic::error(&text.span, format!("{what} must have 1 to {bytes_max} bytes"));
     section.note(diagnostic.label(format!("{} bytes", text.value.len())));
     None
 }
@@ -99,7 +99,7 @@ fn authority(section: &Section<'_>) -> Option<String> {
             .note(super::file::not_supported(&text.span, "authority = \"sni\"").help("a fixed host name works today"));
         return None;
     }
-    bounded(section, &text, "authority", AUTHORITY_BYTES_MAX)
+    bounded(section, &text, "\"authority\"", AUTHORITY_BYTES_MAX)
 }
 
 fn custom(section: &Section<'_>) -> Option<Vec<(u8, Vec<u8>)>> {
@@ -136,7 +136,7 @@ fn check_custom_type(entry: &Section<'_>, kind: u8) {
         0xF8..=0xFF => "types 0xF8-0xFF are reserved by the specification; 0xE0-0xEF are yours",
         _ => "the specification assigns it, or will; 0xE0-0xEF are yours, and 0xF0-0xF7 for experiments",
     };
-    let message = format!("type {kind:#04x} cannot be a custom TLV");
+    let message = format!("type 0x{kind:02X} cannot be a custom TLV");
     entry.note(Diagnostic::error(&entry.span_of("type"), message).help(help));
 }
 
@@ -223,11 +223,12 @@ pub(super) fn check_headers(file: &Section<'_>, headers: &[Levels<'_, '_>]) {
     }
     let mut refusers: Vec<String> = REFUSERS
         .iter()
-        .filter(|(limit, _)| bytes > *limit)
-        .map(|(limit, who)| format!("{who} refuse more than about {limit}"))
+        .enumerate()
+        .filter(|(index, (limit, _))| *index == 0 || bytes >= *limit)
+        .map(|(_, (limit, who))| format!("{who} refuse about {limit} bytes and more"))
         .collect();
     if value > HAPROXY_VALUE_BYTES_MAX {
-        refusers.push(format!("HAProxy refuses a value of more than {HAPROXY_VALUE_BYTES_MAX}"));
+        refusers.push(format!("HAProxy refuses a TLV of more than {HAPROXY_VALUE_BYTES_MAX} bytes"));
     }
     let diagnostic = Diagnostic::warning(&section.span, message);
     let label = format!("{SAFE_BYTES_MAX} bytes are safe with every known receiver");
@@ -247,7 +248,7 @@ fn check_types(file: &Section<'_>, header: &Levels<'_, '_>, merged: &Tlvs, said:
         let custom = merged.custom.iter().flatten().any(|(custom, _)| *custom == kind);
         let (true, true, Some(span)) = (set, custom, place("custom")) else { continue };
         if said.insert((span.start, kind)) {
-            let message = format!("{} has type {kind:#04x} twice", header.what);
+            let message = format!("{} has type 0x{kind:02X} twice", header.what);
             let diagnostic = Diagnostic::error(&span, message).label("from \"custom\"");
             let diagnostic = match place(key) {
                 Some(other) => diagnostic.also(&other, format!("from {key:?}")),

@@ -121,6 +121,7 @@ fn log(section: &Section<'_>) -> Log {
         connections: match section.word("connections") {
             "errors" => LogConnections::Errors,
             "off" => LogConnections::Off,
+            "start_and_end" => LogConnections::StartAndEnd,
             _ => LogConnections::All,
         },
     }
@@ -167,7 +168,10 @@ fn admin(section: &Section<'_>) -> Admin {
         let diagnostic = Diagnostic::error(&text.span, message).label("not a loopback address").if_whole();
         section.note(diagnostic.help("whoever can connect could drain production: write token_file = \"/etc/preface/token\", or bind a loopback address or \"unix:/run/preface/admin.sock\""));
     }
-    Admin { bind, token_file }
+    let probe_bind = section
+        .text("probe_bind")
+        .and_then(|text| address::probe_bind(&text).map_err(|diagnostic| section.note(*diagnostic)).ok());
+    Admin { bind, probe_bind, token_file }
 }
 
 /// What a listener needs of its pool.

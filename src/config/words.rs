@@ -28,7 +28,7 @@ macro_rules! words {
 
 words! {
     LogFormat { LogFormat::Text => "text", LogFormat::Json => "json" }
-    LogConnections { LogConnections::All => "all", LogConnections::Errors => "errors", LogConnections::Off => "off" }
+    LogConnections { LogConnections::All => "all", LogConnections::Errors => "errors", LogConnections::Off => "off", LogConnections::StartAndEnd => "start_and_end" }
     Balance {
         Balance::RoundRobin => "round_robin",
         Balance::LeastConnections => "least_connections",

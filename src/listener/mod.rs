@@ -1,10 +1,12 @@
 //! The accept loop of one socket, and which connections it admits.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -70,8 +72,14 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
 }
 
 async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Arc<Listener>) -> io::Result<()> {
-    let mut accepted = std::future::poll_fn(|cx| acceptor.listening.poll_accept(cx)).await?;
-    for _ in 0..ACCEPTS_PER_TURN {
+    for count in 0..ACCEPTS_PER_TURN {
+        // Waits for the first one only. What was accepted is admitted in the same turn: a connection that is dropped
+        // in between would look served to its client.
+        let next = poll_fn(|cx| match acceptor.listening.poll_accept(cx) {
+            Poll::Pending if count > 0 => Poll::Ready(None),
+            accepted => accepted.map(Some),
+        });
+        let Some(accepted) = next.await else { break };
         // An address that just left the configuration is served as it last was until it is closed.
         shared.with_snapshot(|snapshot| {
             if let Some(current) = snapshot.slots.get(&acceptor.slot)
@@ -80,15 +88,7 @@ async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Ar
                 *listener = Arc::clone(current);
             }
         });
-        admit(shared, accepted, acceptor.bound, listener);
-        let next = std::future::poll_fn(|cx| match acceptor.listening.poll_accept(cx) {
-            std::task::Poll::Ready(next) => std::task::Poll::Ready(Some(next)),
-            std::task::Poll::Pending => std::task::Poll::Ready(None),
-        });
-        match next.await {
-            Some(next) => accepted = next?,
-            None => break,
-        }
+        admit(shared, accepted?, acceptor.bound, listener);
     }
     Ok(())
 }

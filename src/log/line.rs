@@ -161,6 +161,21 @@ pub fn connection_line(format: LogFormat, connection: &ConnectionLine) -> String
     line.finish()
 }
 
+/// The line of a connection that begins (`log.connections = "start_and_end"`), its newline included.
+pub fn connection_start_line(
+    format: LogFormat,
+    time: SystemTime,
+    id: &str,
+    listener: &str,
+    client: SocketAddr,
+) -> String {
+    let mut line = Line::new(format, time, "info", "connection_start");
+    line.plain("id", id);
+    line.string("listener", listener);
+    line.plain("client", client);
+    line.finish()
+}
+
 /// Milliseconds with microseconds as the fraction, without floating point.
 struct Milliseconds(Duration);
 

@@ -291,3 +291,113 @@ impl Tier {
         Tier { members: members.iter().map(|index| *index as u16).zip(weights).collect(), order, weight_sum }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    /// A pool of upstreams with these weights and limits, all healthy.
+    fn pool(balance: &str, upstreams: &[(u32, u32)]) -> Pool {
+        let mut text = format!("[listeners.a]\nbind = \":80\"\npool = \"p\"\n[pools.p]\nbalance = \"{balance}\"\n");
+        for (index, (weight, _)) in upstreams.iter().enumerate() {
+            text += &format!("[[pools.p.upstreams]]\naddress = \"127.0.0.1:{}\"\nweight = {weight}\n", index + 1);
+        }
+        let config = config::parse("test.toml", &text).unwrap().config;
+        let config = Arc::clone(&config.pools["p"]);
+        let upstreams = upstreams.iter().enumerate().map(|(entry, (weight, limit))| Upstream {
+            life: UpstreamLife::new(SocketAddr::new(config.upstreams[entry].ip, entry as u16 + 1)),
+            entry,
+            connections_max: *limit,
+            candidate: Candidate {
+                health: Health::Healthy,
+                admin: AdminState::Enabled,
+                weight: *weight,
+                backup: false,
+            },
+            slow_start_step: balance::SLOW_START_STEPS,
+        });
+        Pool::new(Arc::clone(&config), upstreams.collect(), Arc::default())
+    }
+
+    fn held(pool: &Pool) -> Vec<u32> {
+        pool.upstreams.iter().map(|upstream| upstream.life.open()).collect()
+    }
+
+    #[test]
+    fn round_robin_is_exact_over_all_threads() {
+        let pool = pool("round_robin", &[(3, 0), (1, 0), (2, 0)]);
+        let leases: Vec<Lease> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..6)
+                .map(|_| scope.spawn(|| (0..100).map(|_| pool.pick(&[]).unwrap().lease).collect::<Vec<_>>()))
+                .collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(held(&pool), [300, 100, 200]);
+        drop(leases);
+        assert_eq!(held(&pool), [0, 0, 0]);
+    }
+
+    #[test]
+    fn least_connections_is_exact_over_all_threads() {
+        let pool = pool("least_connections", &[(2, 0), (1, 0), (1, 0)]);
+        let leases: Vec<Lease> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| (0..100).map(|_| pool.pick(&[]).unwrap().lease).collect::<Vec<_>>()))
+                .collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        let open = held(&pool);
+        assert_eq!(open.iter().sum::<u32>(), 400);
+        for (count, expected) in open.iter().zip([200, 100, 100]) {
+            // A scan under way may see a count that another thread is just raising.
+            assert!(count.abs_diff(expected) <= 4, "{open:?}");
+        }
+        drop(leases);
+    }
+
+    #[test]
+    fn least_connections_goes_where_there_is_least() {
+        let pool = pool("least_connections", &[(1, 0), (1, 0)]);
+        let first = pool.pick(&[]).unwrap();
+        let second = pool.pick(&[]).unwrap();
+        assert_ne!(first.index, second.index);
+        drop(first.lease);
+        for _ in 0..5 {
+            assert_ne!(pool.pick(&[]).unwrap().index, second.index);
+        }
+    }
+
+    #[test]
+    fn a_limit_is_never_passed_and_says_full() {
+        for balance in ["round_robin", "least_connections", "random_two"] {
+            let pool = pool(balance, &[(1, 2), (5, 3)]);
+            let mut leases: Vec<Picked> = (0..5).map(|_| pool.pick(&[]).unwrap()).collect();
+            assert_eq!(held(&pool), [2, 3], "{balance}");
+            assert_eq!(pool.pick(&[]).unwrap_err(), PickError::Full, "{balance}");
+            let freed = leases.pop().unwrap().index;
+            assert_eq!(pool.pick(&[]).unwrap().index, freed, "{balance}");
+        }
+    }
+
+    #[test]
+    fn what_was_tried_is_not_picked_again() {
+        for balance in ["round_robin", "least_connections", "random_two"] {
+            let pool = pool(balance, &[(1, 0), (9, 0), (1, 0)]);
+            for _ in 0..50 {
+                assert_eq!(pool.pick(&[0, 1]).unwrap().index, 2, "{balance}");
+            }
+            assert_eq!(pool.pick(&[0, 1, 2]).unwrap_err(), PickError::Tried, "{balance}");
+        }
+    }
+
+    #[test]
+    fn random_two_prefers_the_less_loaded_and_reaches_everyone() {
+        let pool = pool("random_two", &[(1, 0), (1, 0), (1, 0)]);
+        let leases: Vec<Picked> = (0..300).map(|_| pool.pick(&[]).unwrap()).collect();
+        let mut counts: HashMap<usize, usize> = HashMap::new();
+        leases.iter().for_each(|picked| *counts.entry(picked.index).or_default() += 1);
+        // Two choices keep the difference small: at random alone it would be about 15.
+        assert!(counts.values().all(|count| (90..=110).contains(count)), "{counts:?}");
+    }
+}

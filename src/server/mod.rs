@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{interval, sleep_until};
 
 use crate::admin::{self, announce};
-use crate::config::Config;
 use crate::config::error::Style;
+use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
 use crate::drain::{OpenConnections, StopSource};
@@ -64,9 +64,11 @@ async fn serve(
     let mut signals = Signals::new()?;
     let (handle, commands) = control::channel();
     let listener = admin::bind(&config.admin.bind)?;
+    let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
+    let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
     let mut state = start_state(&path, &config, log, handle.clone(), descriptors)?;
     (state.text, state.warnings) = (text, warnings);
-    let admin_bind = config.admin.bind.clone();
+    let admin_bind = listener.address()?;
     state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     state.probes.set_configured();
     state.probes.set_listening();
@@ -78,9 +80,13 @@ async fn serve(
         scope: admin::Scope::All,
     };
     let mut admin_stop = stop.clone();
+    if let Some(listener) = probe_listener {
+        let mut probe_stop = stop.clone();
+        let probe_state = admin::State { scope: admin::Scope::Probes, ..admin_state.clone() };
+        tokio::spawn(admin::serve(listener, probe_state, async move { probe_stop.stopped().await }));
+    }
     let admin_task = tokio::spawn(admin::serve(listener, admin_state, async move { admin_stop.stopped().await }));
     let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
-    let _ = std::fs::create_dir(&directory);
     let announcement = announce::announce(&directory, &admin_bind);
     let (watch, watch_warnings) = Watch::start(&path, hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
@@ -224,7 +230,7 @@ async fn run_until_stopped(
                 state.stopping = true;
                 state.probes.set_stopping();
                 let delay = state.config.runtime.stop_delay;
-                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = ?delay, "stopping");
+                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = %humantime::format_duration(delay), "stopping");
                 stopping = Stopping::Delay(Instant::now() + delay);
             }
             () = at(stop_at) => match stopping {

@@ -3,11 +3,11 @@
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
+use crate::load::{connect_and_exchange, exchange};
 use crate::reload::list;
 use crate::support::ports::free_port;
 use crate::support::receiver::{echo, say_who};
 use crate::support::{Balancer, Receiver, client, eventually, preface};
-use crate::traffic::{connect_and_exchange, exchange};
 
 /// One listener, one pool "web", and what the test adds to both.
 fn config(port: u16, pool: &str, settings: &str, upstreams: &[SocketAddr]) -> String {

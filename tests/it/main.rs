@@ -5,10 +5,19 @@
 
 mod support;
 
+mod admin_orders;
+mod cli;
 mod codec;
+mod config;
+mod hostile;
+mod load;
+mod measured;
 mod netns;
+mod pools;
+mod readme;
 mod receivers;
 mod reload;
 mod requested;
+mod stopping;
 mod tidy;
 mod traffic;

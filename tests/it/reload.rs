@@ -10,10 +10,10 @@ use std::process::Command;
 
 use socket2::{Domain, Socket, Type};
 
+use crate::load::{Budget, Clients, Echo, Refused, Transfer, connect_and_exchange, exchange};
 use crate::support::ports::free_port;
 use crate::support::receiver::echo;
 use crate::support::{Balancer, Receiver, client, configmap::configmap_swap, eventually, preface, program};
-use crate::traffic::{Budget, Clients, Echo, Refused, Transfer, connect_and_exchange, exchange};
 
 /// One line of /proc/PID/net/tcp or tcp6.
 struct SocketLine {

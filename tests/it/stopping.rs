@@ -7,11 +7,11 @@ use std::time::Duration;
 use rustix::process::Signal;
 use socket2::{Domain, Socket, Type};
 
+use crate::load::{Budget, Echo, Transfer, connect_and_exchange, exchange};
 use crate::reload::list;
 use crate::support::ports::free_port;
 use crate::support::receiver::echo;
 use crate::support::{Balancer, Receiver, client, eventually, preface};
-use crate::traffic::{Budget, Echo, Transfer, connect_and_exchange, exchange};
 
 fn config(port: u16, runtime: &str, pool: &str, upstreams: &[SocketAddr]) -> String {
     let upstreams = list(upstreams.iter().copied());

@@ -1,327 +1,555 @@
-//! Clients that notice everything: connections one after the other, and transfers whose every byte is known.
+//! Bytes through the balancer: every one arrives, once and in order, behind one whole header; closes and resets are
+//! passed on as what they were. The upstream is a socket in the test's own hands.
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
-use preface::proxy_protocol::{self, Decoded};
-use rustix::net::Shutdown;
+use preface::proxy_protocol::{self, Decoded, Header};
+use rustix::process::Signal;
+use socket2::SockRef;
 
-use crate::support::client::{self, connect_from, loopback};
-use crate::support::{DEADLINE, eventually};
+use crate::support::{Balancer, DEADLINE, client, eventually, preface};
 
-/// What one connection of `Clients` carries each way.
-const MESSAGE_BYTES: usize = 4_000;
-/// What a transfer sends before it looks whether it has come back.
-const CHUNK_BYTES: usize = 48 * 1024;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
 
-/// Bytes that no other transfer sends, and that tell a byte lost, doubled or moved at once.
-struct Pattern(u64);
-
-impl Pattern {
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            // xorshift: https://www.jstatsoft.org/article/view/v008i14
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
-        }
-    }
-
-    fn starting_with(seed: u64) -> Pattern {
-        Pattern(seed.wrapping_mul(2).wrapping_add(0x9E37_79B9_7F4A_7C15))
-    }
+/// One listener, one upstream with v2 headers whose connections the test accepts itself.
+pub struct Lane {
+    pub balancer: Balancer,
+    pub upstream: TcpListener,
 }
 
-/// Sends `length` bytes and takes them back, as an echo gives them; says what differs.
-pub fn exchange(stream: &mut TcpStream, seed: u64, length: usize) -> io::Result<()> {
-    let mut sent = vec![0; length];
-    Pattern::starting_with(seed).fill(&mut sent);
-    stream.write_all(&sent)?;
-    let mut received = vec![0; length];
-    stream.read_exact(&mut received)?;
-    match sent.iter().zip(&received).position(|(sent, received)| sent != received) {
-        None => Ok(()),
-        Some(at) => Err(io::Error::other(format!("byte {at} of {length} is wrong"))),
-    }
-}
-
-/// One whole connection to an echo: connect, exchange, close, and wait for the other side's close.
-pub fn connect_and_exchange(to: SocketAddr, seed: u64) -> io::Result<()> {
-    exchange_and_close(client::connect(to)?, seed)
-}
-
-fn exchange_and_close(mut stream: TcpStream, seed: u64) -> io::Result<()> {
-    exchange(&mut stream, seed, MESSAGE_BYTES)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
-    match stream.read(&mut [0; 1])? {
-        0 => Ok(()),
-        _ => Err(io::Error::other("a byte too many")),
-    }
-}
-
-/// An upstream for any number of connections: it remembers none of them, only headers that it could not read.
-pub struct Echo {
-    /// Where it listens.
-    pub address: SocketAddr,
-    listener: Arc<TcpListener>,
-    errors: Arc<Mutex<Vec<String>>>,
-    acceptor: Option<JoinHandle<()>>,
-}
-
-impl Echo {
-    /// Expects a header on each connection, and sends back what follows.
-    pub fn start() -> Echo {
-        let listener = Arc::new(TcpListener::bind("127.0.0.1:0").expect("a free port"));
-        let address = listener.local_addr().expect("a listener has an address");
-        let errors = Arc::new(Mutex::new(Vec::new()));
-        let (accepting, shared) = (listener.clone(), errors.clone());
-        let acceptor = std::thread::spawn(move || {
-            while let Ok((stream, peer)) = accepting.accept() {
-                let errors = shared.clone();
-                std::thread::spawn(move || {
-                    if let Err(error) = echo(stream) {
-                        errors.lock().expect("no connection panics").push(format!("{peer}: {error}"));
-                    }
-                });
-            }
-        });
-        Echo { address, listener, errors, acceptor: Some(acceptor) }
+impl Lane {
+    pub fn new() -> Lane {
+        Lane::with("", "")
     }
 
-    /// Headers that were wrong, and connections that were reset.
-    pub fn errors(&self) -> Vec<String> {
-        self.errors.lock().expect("no connection panics").clone()
-    }
-}
-
-impl Drop for Echo {
-    fn drop(&mut self) {
-        let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
-        if let Some(acceptor) = self.acceptor.take() {
-            let _ = acceptor.join();
-        }
-    }
-}
-
-fn echo(mut stream: TcpStream) -> io::Result<()> {
-    // A connection may be idle while others are tested.
-    stream.set_read_timeout(Some(DEADLINE * 6))?;
-    let mut bytes = Vec::new();
-    let mut chunk = [0; 4096];
-    let behind = loop {
-        let count = stream.read(&mut chunk)?;
-        bytes.extend_from_slice(&chunk[..count]);
-        match proxy_protocol::decode(&bytes).map_err(io::Error::other)? {
-            Decoded::Complete { len, .. } => break &bytes[len..],
-            Decoded::Incomplete { .. } if count == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Decoded::Incomplete { .. } => {}
-        }
-    };
-    stream.write_all(behind)?;
-    io::copy(&mut stream.try_clone()?, &mut stream)?;
-    stream.shutdown(std::net::Shutdown::Write)
-}
-
-/// How much may be done: what traffic waits for, so that it neither starves what it runs beside nor ever ends first.
-#[derive(Clone, Default)]
-pub struct Budget {
-    shared: Arc<(Mutex<u64>, Condvar)>,
-}
-
-impl Budget {
-    /// Without end.
-    pub fn unlimited() -> Budget {
-        let budget = Budget::default();
-        budget.release(u64::MAX / 2);
-        budget
-    }
-
-    /// So much more.
-    pub fn release(&self, count: u64) {
-        *self.shared.0.lock().expect("nobody panics under this lock") += count;
-        self.shared.1.notify_all();
-    }
-
-    /// Waits for one to be left, or for the end.
-    fn take(&self, stop: &AtomicBool) {
-        let left = self.shared.0.lock().expect("nobody panics under this lock");
-        let waits = |left: &mut u64| *left == 0 && !stop.load(Relaxed);
-        let mut left = self.shared.1.wait_while(left, waits).expect("nobody panics under this lock");
-        *left = left.saturating_sub(1);
-    }
-}
-
-/// Threads that connect to echoes again and again.
-pub struct Clients {
-    shared: Arc<Shared>,
-    budget: Budget,
-    threads: Vec<JoinHandle<()>>,
-}
-
-#[derive(Default)]
-struct Shared {
-    stop: AtomicBool,
-    served: AtomicU64,
-    refused: AtomicU64,
-    failures: Mutex<Vec<String>>,
-}
-
-/// What becomes of a connection that is refused.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Refused {
-    /// It has failed like any other.
-    IsFailure,
-    /// Nobody promised to listen; once connected, it must be served.
-    IsFine,
-}
-
-impl Clients {
-    /// One thread for each address, which comes from an address of its own, so that ports last.
-    pub fn start(addresses: &[SocketAddr], refused: Refused, budget: &Budget) -> Clients {
-        let shared = Arc::new(Shared::default());
-        let threads = addresses.iter().enumerate().map(|(index, address)| {
-            let (shared, address, budget) = (shared.clone(), *address, budget.clone());
-            std::thread::spawn(move || {
-                while !shared.stop.load(Relaxed) {
-                    budget.take(&shared.stop);
-                    shared.connect_once(index, address, refused);
-                }
-            })
-        });
-        Clients { threads: threads.collect(), shared, budget: budget.clone() }
-    }
-
-    /// Connections served so far.
-    pub fn served(&self) -> u64 {
-        self.shared.served.load(Relaxed)
-    }
-
-    /// Connections refused so far.
-    pub fn refused(&self) -> u64 {
-        self.shared.refused.load(Relaxed)
-    }
-
-    /// Waits until `count` more connections were served.
+    /// With further lines for the listener and for the pool.
     #[track_caller]
-    pub fn wait_for_more(&self, count: u64) {
-        let wanted = self.served() + count;
-        eventually("clients are served", || {
-            let failures = self.shared.failures.lock().expect("no client panics");
-            (self.served() >= wanted || !failures.is_empty()).then_some(())
-        });
+    pub fn with(listener: &str, pool: &str) -> Lane {
+        let upstream = listen();
+        let address = upstream.local_addr().unwrap();
+        let config = format!(
+            "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"test\"\n{listener}\n\
+             [pools.test]\nproxy_protocol = \"v2\"\nupstreams = [\"{address}\"]\n{pool}\n"
+        );
+        Lane { balancer: preface(&config), upstream }
     }
 
-    /// Ends the threads; how many connections were served. Fails if any was not.
+    /// A client's connection and its other end, behind the header, which named the client.
     #[track_caller]
-    pub fn stop(self) -> u64 {
-        self.shared.stop.store(true, Relaxed);
-        self.budget.release(1);
-        for thread in self.threads {
-            thread.join().expect("no client panics");
-        }
-        let failures = self.shared.failures.lock().expect("no client panics");
-        let served = self.shared.served.load(Relaxed);
-        assert!(failures.is_empty(), "{} of {served} connections failed: {failures:#?}", failures.len());
-        served
+    pub fn open(&self) -> (TcpStream, TcpStream) {
+        let client = self.balancer.connect("web");
+        let (server, header) = accept(&self.upstream);
+        assert_eq!(header.addresses.ends().unwrap().0, client.local_addr().unwrap());
+        (client, server)
+    }
+
+    /// Waits for the log line of a connection that ended so.
+    #[track_caller]
+    pub fn wait_for_end(&self, end: &str) -> String {
+        self.balancer.log().wait_for(end, |line| line.ends_with(&format!(" end={end}")))
     }
 }
 
-impl Shared {
-    fn connect_once(&self, index: usize, address: SocketAddr, refused: Refused) {
-        let seed = self.served.load(Relaxed) << 8 | index as u64;
-        let outcome = match connect_from(loopback(index), address) {
-            Err(_) if refused == Refused::IsFine => {
-                self.refused.fetch_add(1, Relaxed);
-                return;
-            }
-            Err(error) => Err(io::Error::new(error.kind(), format!("connect: {error}"))),
-            Ok(stream) => exchange_and_close(stream, seed),
-        };
-        match outcome {
-            Ok(()) => drop(self.served.fetch_add(1, Relaxed)),
-            Err(error) => self.failures.lock().expect("no client panics").push(format!("{address}: {error}")),
-        }
+/// An upstream that the test serves itself; a connection that does not come fails the test instead of hanging it.
+pub fn listen() -> TcpListener {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    SockRef::from(&listener).set_read_timeout(Some(DEADLINE)).unwrap();
+    listener
+}
+
+/// The next connection, its header taken off.
+#[track_caller]
+pub fn accept(upstream: &TcpListener) -> (TcpStream, Header) {
+    let (mut server, _) = upstream.accept().expect("a connection from the balancer");
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
+    server.set_write_timeout(Some(DEADLINE)).unwrap();
+    let mut bytes = vec![0; 16];
+    server.read_exact(&mut bytes).expect("a header");
+    let rest = usize::from(u16::from_be_bytes([bytes[14], bytes[15]]));
+    bytes.resize(16 + rest, 0);
+    server.read_exact(&mut bytes[16..]).expect("the whole header");
+    match proxy_protocol::decode(&bytes) {
+        Ok(Decoded::Complete { header, .. }) => (server, header),
+        other => panic!("{other:?} of {bytes:02x?}"),
     }
 }
 
-/// A long connection to an echo that checks every byte, sending and receiving at once.
-pub struct Transfer {
-    stop: Arc<AtomicBool>,
-    carried: Arc<AtomicU64>,
-    budget: Budget,
-    thread: JoinHandle<io::Result<u64>>,
+/// Closes with RST.
+pub fn reset(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-impl Transfer {
-    /// Connects and begins.
-    #[track_caller]
-    pub fn start(to: SocketAddr, seed: u64, budget: &Budget) -> Transfer {
-        let stream = client::connect(to).expect("a transfer connects");
-        let (stop, carried) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, count, chunks) = (stop.clone(), carried.clone(), budget.clone());
-        let thread = std::thread::spawn(move || transfer(stream, seed, &stopped, &count, &chunks));
-        Transfer { stop, carried, budget: budget.clone(), thread }
+/// Bytes that look like nothing else: a shift, a gap or a repetition shows.
+pub fn noise(seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut bytes = Vec::with_capacity(size + 8);
+    while bytes.len() < size {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
     }
+    bytes.truncate(size);
+    bytes
+}
 
-    /// Waits until so many chunks have come back.
-    #[track_caller]
-    pub fn wait_for_chunks(&self, count: u64) {
-        let wanted = count * CHUNK_BYTES as u64;
-        eventually("a transfer goes on", || {
-            (self.carried.load(Relaxed) >= wanted || self.thread.is_finished()).then_some(())
-        });
-    }
-
-    /// Lets it come to its regular end; how many bytes came back, all of them right.
-    #[track_caller]
-    pub fn finish(self) -> u64 {
-        self.stop.store(true, Relaxed);
-        self.budget.release(1);
-        let bytes = self.thread.join().expect("no transfer panics");
-        bytes.unwrap_or_else(|error| panic!("a transfer failed after {} bytes: {error}", self.carried.load(Relaxed)))
+#[track_caller]
+fn assert_same(what: &str, got: &[u8], expected: &[u8]) {
+    if got != expected {
+        let at = got.iter().zip(expected).take_while(|(got, expected)| got == expected).count();
+        panic!("{what}: {} bytes of {}, the first {at} are right", got.len(), expected.len());
     }
 }
 
-/// Sends chunk after chunk while the previous one comes back.
-fn transfer(
-    mut stream: TcpStream,
-    seed: u64,
-    stop: &AtomicBool,
-    carried: &AtomicU64,
-    budget: &Budget,
-) -> io::Result<u64> {
-    let (mut sending, mut expecting) = (Pattern::starting_with(seed), Pattern::starting_with(seed));
-    let (mut sent, mut expected, mut received) = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
-    let mut total = 0;
-    let mut send = |stream: &mut TcpStream| {
-        sending.fill(&mut sent);
-        stream.write_all(&sent)
-    };
-    send(&mut stream)?;
+/// A pause that is itself what is tested: a peer that is slow.
+fn dawdle(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// Reads to the end in small pieces with pauses; what came, and how it ended.
+fn read_slowly(stream: &mut TcpStream, piece: usize, pause: Duration) -> (Vec<u8>, Option<ErrorKind>) {
+    let (mut bytes, mut buffer) = (Vec::new(), vec![0; piece]);
     loop {
-        budget.take(stop);
-        let last = stop.load(Relaxed);
-        if last {
-            stream.shutdown(std::net::Shutdown::Write)?;
-        } else {
-            send(&mut stream)?;
+        match stream.read(&mut buffer) {
+            Ok(0) => return (bytes, None),
+            Ok(count) => bytes.extend_from_slice(&buffer[..count]),
+            Err(error) => return (bytes, Some(error.kind())),
         }
-        stream.read_exact(&mut received)?;
-        expecting.fill(&mut expected);
-        if expected != received {
-            return Err(io::Error::other(format!("wrong bytes between {total} and {}", total + CHUNK_BYTES as u64)));
+        dawdle(pause);
+    }
+}
+
+/// Waits until the other end's kernel has everything that was written to `stream`.
+#[track_caller]
+fn wait_until_taken(stream: &TcpStream) {
+    let (local, peer) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+    eventually("the send queue is empty", || (send_queue(local, peer)? == 0).then_some(()));
+}
+
+/// What an IPv4 socket of this machine has sent and the other end not acknowledged.
+fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<usize> {
+    let hex = |address: SocketAddr| match address {
+        SocketAddr::V4(v4) => format!("{:08X}:{:04X}", u32::from_ne_bytes(v4.ip().octets()), v4.port()),
+        SocketAddr::V6(_) => panic!("{address}: only IPv4 here"),
+    };
+    let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc/net/tcp");
+    let row = format!("{} {} ", hex(local), hex(peer));
+    let queues = table.split_once(&row)?.1.split(' ').nth(1)?;
+    usize::from_str_radix(queues.split(':').next()?, 16).ok()
+}
+
+/// Stops the balancer in its tracks, so that what happens meanwhile is there already when it looks.
+pub fn while_stopped<T>(balancer: &Balancer, work: impl FnOnce() -> T) -> T {
+    balancer.signal(Signal::STOP);
+    let tasks = format!("/proc/{}/task", balancer.id());
+    let is_stopped = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    };
+    eventually("all threads are stopped", || std::fs::read_dir(&tasks).unwrap().all(is_stopped).then_some(()));
+    let result = work();
+    balancer.signal(Signal::CONT);
+    result
+}
+
+/// Segments with data that came on this connection, as its own kernel socket counts them.
+fn data_segments(stream: &TcpStream) -> usize {
+    let (local, peer) = (stream.local_addr().unwrap().to_string(), stream.peer_addr().unwrap().to_string());
+    let mut ss = std::process::Command::new(crate::support::program("ss"));
+    let output = ss.args(["-tinHO", "src", &local, "dst", &peer]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let count = text.split_once("data_segs_in:").and_then(|(_, rest)| rest.split_whitespace().next());
+    count.unwrap_or_else(|| panic!("no such connection: {text}")).parse().unwrap()
+}
+
+/// The first read of the next connection, and in how many segments it came.
+#[track_caller]
+fn first_read(upstream: &TcpListener) -> (TcpStream, Vec<u8>, usize) {
+    let (mut server, _) = upstream.accept().expect("a connection from the balancer");
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut bytes = vec![0; 256 * KIB];
+    let count = server.read(&mut bytes).unwrap();
+    let segments = data_segments(&server);
+    bytes.truncate(count);
+    (server, bytes, segments)
+}
+
+#[track_caller]
+fn header_length(bytes: &[u8]) -> usize {
+    match proxy_protocol::decode(bytes) {
+        Ok(Decoded::Complete { len, .. }) => len,
+        other => panic!("not one whole header: {other:?} of {bytes:02x?}"),
+    }
+}
+
+#[test]
+fn the_header_comes_alone_and_at_once_while_the_client_is_silent() {
+    let lane = Lane::new();
+    for _ in 0..20 {
+        let mut client = lane.balancer.connect("web");
+        let (mut server, bytes, segments) = first_read(&lane.upstream);
+        assert_eq!((bytes.len(), segments), (header_length(&bytes), 1));
+        // The server speaks first: SMTP, SSH, MySQL.
+        server.write_all(b"220 ready\r\n").unwrap();
+        let mut banner = [0; 11];
+        client.read_exact(&mut banner).unwrap();
+        assert_eq!(&banner, b"220 ready\r\n");
+    }
+}
+
+#[test]
+fn what_the_client_has_said_already_is_in_the_headers_segment() {
+    let lane = Lane::new();
+    for _ in 0..5 {
+        let _client = while_stopped(&lane.balancer, || {
+            let mut client = lane.balancer.connect("web");
+            client.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+            client
+        });
+        let (_server, bytes, segments) = first_read(&lane.upstream);
+        assert_eq!(&bytes[header_length(&bytes)..], b"GET / HTTP/1.1\r\n\r\n");
+        assert_eq!(segments, 1);
+    }
+}
+
+#[test]
+fn early_bytes_of_every_size_follow_the_header_once() {
+    let lane = Lane::new();
+    for size in [1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, MIB] {
+        let said = noise(size as u64, size);
+        std::thread::scope(|scope| {
+            let mut client = while_stopped(&lane.balancer, || {
+                let mut client = lane.balancer.connect("web");
+                let already = said.len().min(200 * KIB);
+                client.set_nonblocking(true).unwrap();
+                let written = client.write(&said[..already]).unwrap();
+                client.set_nonblocking(false).unwrap();
+                let rest = &said[written..];
+                let mut writer = client.try_clone().unwrap();
+                scope.spawn(move || {
+                    writer.write_all(rest).unwrap();
+                    writer.shutdown(Shutdown::Write).unwrap();
+                });
+                client
+            });
+            let (mut server, _) = accept(&lane.upstream);
+            let mut heard = Vec::new();
+            server.read_to_end(&mut heard).unwrap();
+            assert_same("early bytes", &heard, &said);
+            drop(server);
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        });
+    }
+}
+
+/// Sends both ways at once, closes each way at its end, and compares.
+#[track_caller]
+fn exchange(lane: &Lane, up: &[u8], down: &[u8]) {
+    let (client, server) = &lane.open();
+    std::thread::scope(|scope| {
+        for (stream, bytes) in [(client, up), (server, down)] {
+            scope.spawn(move || {
+                let mut stream = stream;
+                stream.write_all(bytes).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+            });
         }
-        total += CHUNK_BYTES as u64;
-        carried.store(total, Relaxed);
-        if last {
-            return match stream.read(&mut received)? {
-                0 => Ok(total),
-                more => Err(io::Error::other(format!("{more} bytes too many"))),
-            };
+        let receive = |mut stream: &TcpStream| {
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        let heard = scope.spawn(move || receive(server));
+        assert_same("to the client", &receive(client), down);
+        assert_same("to the upstream", &heard.join().unwrap(), up);
+    });
+}
+
+#[test]
+fn every_size_arrives_whole_both_ways_at_once() {
+    let lane = Lane::new();
+    for size in [0, 1, 64 * KIB - 1, 64 * KIB, 64 * KIB + 1, MIB, 16 * MIB] {
+        exchange(&lane, &noise(1, size), &noise(2, size));
+    }
+    exchange(&lane, &noise(3, 0), &noise(4, MIB));
+    exchange(&lane, &noise(5, MIB), &noise(6, 0));
+    lane.balancer.log().wait_for("the longest one's line", |line| {
+        line.contains(&format!(" bytes_in={} bytes_out={} ", 16 * MIB, 16 * MIB))
+    });
+}
+
+#[test]
+fn slow_readers_lose_nothing() {
+    let lane = Lane::new();
+    let bytes = noise(7, 4 * MIB);
+    for slow_client in [true, false] {
+        let (client, server) = lane.open();
+        let (mut reader, mut writer) = if slow_client { (client, server) } else { (server, client) };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                writer.write_all(&bytes).unwrap();
+                writer.shutdown(Shutdown::Write).unwrap();
+            });
+            let (heard, error) = read_slowly(&mut reader, 64 * KIB, Duration::from_millis(5));
+            assert_eq!(error, None);
+            assert_same("to a slow reader", &heard, &bytes);
+        });
+    }
+}
+
+#[test]
+fn slow_writers_and_gaps_lose_nothing() {
+    let lane = Lane::new();
+    let (mut client, mut server) = lane.open();
+    let said = noise(8, 300);
+    let mut heard = vec![0; 300];
+    for index in 0..said.len() {
+        // Each byte waits for the answer to the one before it.
+        client.write_all(&said[index..=index]).unwrap();
+        server.read_exact(&mut heard[index..=index]).unwrap();
+        server.write_all(&heard[index..=index]).unwrap();
+        let mut answer = [0];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[0], said[index]);
+        if index % 100 == 0 {
+            dawdle(Duration::from_millis(50));
         }
+    }
+    assert_same("byte by byte", &heard, &said);
+    drop(server);
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    drop(client);
+    let line = lane.wait_for_end("upstream.relay.closed");
+    assert!(line.contains(" bytes_in=300 bytes_out=300 "), "{line}");
+}
+
+#[test]
+fn a_client_that_has_finished_speaking_gets_its_whole_answer() {
+    let lane = Lane::new();
+    let answer = noise(9, MIB);
+    let (mut client, mut server) = lane.open();
+    client.write_all(b"question").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut heard = Vec::new();
+    server.read_to_end(&mut heard).unwrap();
+    assert_eq!(heard, b"question");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            server.write_all(&answer).unwrap();
+            drop(server);
+        });
+        let mut got = Vec::new();
+        client.read_to_end(&mut got).unwrap();
+        assert_same("the answer", &got, &answer);
+    });
+    lane.wait_for_end("client.relay.closed");
+}
+
+#[test]
+fn an_upstream_that_has_finished_speaking_gets_everything_still_said() {
+    let lane = Lane::new();
+    let said = noise(10, MIB);
+    let (mut client, mut server) = lane.open();
+    server.write_all(b"banner").unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    let mut banner = Vec::new();
+    client.read_to_end(&mut banner).unwrap();
+    assert_eq!(banner, b"banner");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            client.write_all(&said).unwrap();
+            drop(client);
+        });
+        let mut heard = Vec::new();
+        server.read_to_end(&mut heard).unwrap();
+        assert_same("what the client still said", &heard, &said);
+    });
+    lane.wait_for_end("upstream.relay.closed");
+}
+
+#[test]
+fn a_slow_client_gets_every_byte_sent_before_the_upstreams_reset() {
+    let lane = Lane::new();
+    let answer = noise(11, MIB);
+    let (mut client, mut server) = lane.open();
+    server.write_all(&answer).unwrap();
+    wait_until_taken(&server);
+    reset(server);
+    let (got, error) = read_slowly(&mut client, 16 * KIB, Duration::from_millis(10));
+    assert_same("before the reset", &got, &answer);
+    assert_eq!(error, Some(ErrorKind::ConnectionReset));
+    let line = lane.wait_for_end("upstream.relay.reset");
+    assert!(line.contains(&format!(" bytes_out={MIB} ")), "{line}");
+}
+
+#[test]
+fn an_answer_cut_off_by_a_reset_never_looks_complete() {
+    let lane = Lane::new();
+    for (count, size) in
+        [0, 1, 100, 10 * KIB, 64 * KIB, 64 * KIB + 1, 300 * KIB].into_iter().cycle().take(28).enumerate()
+    {
+        let part = noise(count as u64, size);
+        let (mut client, mut server) = lane.open();
+        server.write_all(&part).unwrap();
+        wait_until_taken(&server);
+        reset(server);
+        let (got, error) = read_slowly(&mut client, 64 * KIB, Duration::ZERO);
+        assert_same("before the reset", &got, &part);
+        assert_eq!(error, Some(ErrorKind::ConnectionReset));
+        // The count of bytes is exact, whatever came together with the reset.
+        let ends =
+            lane.balancer.log().wait_for_count("resets", count + 1, |line| line.ends_with("upstream.relay.reset"));
+        assert!(ends[count].contains(&format!(" bytes_out={size} ")), "{}", ends[count]);
+    }
+}
+
+#[test]
+fn an_upload_cut_off_by_a_reset_never_looks_complete() {
+    let lane = Lane::new();
+    for (count, size) in [1, 100, 64 * KIB, 64 * KIB + 1, 300 * KIB].into_iter().cycle().take(20).enumerate() {
+        let part = noise(count as u64, size);
+        let (mut client, mut server) = lane.open();
+        client.write_all(&part).unwrap();
+        wait_until_taken(&client);
+        reset(client);
+        let (heard, error) = read_slowly(&mut server, 64 * KIB, Duration::ZERO);
+        assert_same("before the reset", &heard, &part);
+        assert_eq!(error, Some(ErrorKind::ConnectionReset));
+        let ends = lane.balancer.log().wait_for_count("resets", count + 1, |line| line.ends_with("client.relay.reset"));
+        assert!(ends[count].contains(&format!(" bytes_in={size} ")), "{}", ends[count]);
+    }
+}
+
+#[test]
+fn a_client_that_is_reset_in_the_middle_resets_the_upstream_too() {
+    let lane = Lane::new();
+    let (mut client, mut server) = lane.open();
+    let (said, whole) = (noise(12, 32 * MIB), 32 * MIB);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || read_slowly(&mut server, 64 * KIB, Duration::ZERO));
+        client.write_all(&said[..whole / 2]).unwrap();
+        reset(client);
+        let (heard, error) = reader.join().unwrap();
+        assert_same("a part", &heard, &said[..heard.len()]);
+        assert!(heard.len() <= whole / 2);
+        assert_eq!(error, Some(ErrorKind::ConnectionReset));
+    });
+    lane.wait_for_end("client.relay.reset");
+}
+
+/// Writes until nothing is taken any more; how much that was.
+pub fn flood(stream: &TcpStream) -> usize {
+    let chunk = vec![b'x'; 256 * KIB];
+    let mut total = 0;
+    stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut stream = stream;
+    while let Ok(count) = stream.write(&chunk) {
+        total += count;
+    }
+    total
+}
+
+#[test]
+fn a_clients_reset_reaches_an_upstream_that_does_not_read() {
+    let lane = Lane::new();
+    let (client, server) = lane.open();
+    flood(&client);
+    let begun = Instant::now();
+    reset(client);
+    let error = eventually("the upstream's side is reset", || server.take_error().unwrap());
+    let took = begun.elapsed();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    // One second in the hope that it reads after all.
+    assert!(took < Duration::from_millis(1500), "{took:?}");
+    lane.wait_for_end("client.relay.reset");
+}
+
+#[test]
+fn an_upstreams_reset_reaches_a_client_that_does_not_read() {
+    let lane = Lane::new();
+    let (client, server) = lane.open();
+    flood(&server);
+    let begun = Instant::now();
+    reset(server);
+    let error = eventually("the client's side is reset", || client.take_error().unwrap());
+    let took = begun.elapsed();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(took < Duration::from_millis(1500), "{took:?}");
+    lane.wait_for_end("upstream.relay.reset");
+}
+
+#[test]
+fn a_reset_after_a_half_close_is_passed_on() {
+    let lane = Lane::new();
+    for by_upstream in [true, false] {
+        let (client, server) = lane.open();
+        let (mut quiet, mut speaker) = if by_upstream { (client, server) } else { (server, client) };
+        quiet.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(speaker.read(&mut [0]).unwrap(), 0);
+        let part = noise(13, 100 * KIB);
+        speaker.write_all(&part).unwrap();
+        wait_until_taken(&speaker);
+        reset(speaker);
+        let (got, error) = read_slowly(&mut quiet, 64 * KIB, Duration::ZERO);
+        assert_same("before the reset", &got, &part);
+        assert_eq!(error, Some(ErrorKind::ConnectionReset));
+        lane.wait_for_end(if by_upstream { "upstream.relay.reset" } else { "client.relay.reset" });
+    }
+    // The side that has closed its half is the one that is reset: it is not being read any more.
+    for by_client in [true, false] {
+        let (client, server) = lane.open();
+        let (mut closed, mut other) = if by_client { (client, server) } else { (server, client) };
+        closed.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(other.read(&mut [0]).unwrap(), 0);
+        closed.set_nonblocking(true).unwrap();
+        assert_eq!(closed.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        reset(closed);
+        // What Linux calls a reset of a socket that has had the other's FIN.
+        let error = eventually("the other side is reset", || other.take_error().unwrap());
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+        let end = if by_client { "client.relay.reset" } else { "upstream.relay.reset" };
+        lane.balancer.log().wait_for_count(end, 2, |line| line.ends_with(end));
+    }
+}
+
+#[test]
+fn a_connection_without_a_byte_for_idle_timeout_is_reset_on_both_sides() {
+    let lane = Lane::with("idle_timeout = \"300ms\"", "");
+    let (mut client, mut server) = lane.open();
+    let begun = Instant::now();
+    // Bytes put it off.
+    for _ in 0..3 {
+        dawdle(Duration::from_millis(150));
+        client.write_all(b"x").unwrap();
+        server.read_exact(&mut [0]).unwrap();
+    }
+    for stream in [&mut client, &mut server] {
+        assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    assert!(begun.elapsed() >= Duration::from_millis(750));
+    lane.wait_for_end("preface.relay.idle_timeout");
+}
+
+#[test]
+fn several_listeners_and_families_carry_at_once() {
+    let upstream = listen();
+    let config = format!(
+        "[listeners.web]\nbind = [\"127.0.0.1:0\", \"[::1]:0\"]\npool = \"test\"\n\
+         [pools.test]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+        upstream.local_addr().unwrap()
+    );
+    let balancer = preface(&config);
+    for address in [balancer.ipv4("web"), balancer.ipv6("web")] {
+        let mut client = client::connect(address).unwrap();
+        let (mut server, header) = accept(&upstream);
+        let (source, destination) = header.addresses.ends().unwrap();
+        assert_eq!((source, destination), (client.local_addr().unwrap(), address));
+        client.write_all(b"hello").unwrap();
+        let mut heard = [0; 5];
+        server.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"hello");
     }
 }

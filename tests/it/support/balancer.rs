@@ -191,6 +191,24 @@ impl Balancer {
         samples.sum()
     }
 
+    /// An upstream as `/status` shows it.
+    #[track_caller]
+    pub fn upstream(&self, pool: &str, address: SocketAddr) -> serde_json::Value {
+        let status = self.status();
+        let upstreams = status["pools"][pool]["upstreams"].as_array().unwrap_or_else(|| panic!("no pool {pool:?}"));
+        let address = address.to_string();
+        let found = upstreams.iter().find(|upstream| upstream["address"] == address.as_str());
+        found.unwrap_or_else(|| panic!("no upstream {address} in pool {pool:?}: {upstreams:?}")).clone()
+    }
+
+    /// Waits until checks have observed this health of an upstream.
+    #[track_caller]
+    pub fn wait_health(&self, pool: &str, address: SocketAddr, health: &str) -> serde_json::Value {
+        eventually(&format!("upstream {address} is {health}"), || {
+            Some(self.upstream(pool, address)).filter(|upstream| upstream["health"] == health)
+        })
+    }
+
     /// Sends a signal.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {

@@ -2,12 +2,14 @@
 
 mod balancer;
 pub mod client;
+#[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
+pub mod configmap;
 pub mod http;
 pub mod netns;
 pub mod peers;
 pub mod ports;
 mod process;
-mod receiver;
+pub mod receiver;
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -56,7 +58,8 @@ pub fn program(name: &str) -> PathBuf {
 pub fn skip(test: &str, why: &str) {
     eprintln!("SKIP {test}: {why}");
     if let Some(file) = std::env::var_os("PREFACE_TEST_SKIPPED") {
-        let mut file = OpenOptions::new().append(true).create(true).open(file).expect("the file of skipped tests opens");
+        let mut file =
+            OpenOptions::new().append(true).create(true).open(file).expect("the file of skipped tests opens");
         writeln!(file, "{test}: {why}").expect("the file of skipped tests takes a line");
     }
 }

@@ -76,7 +76,8 @@ impl Nginx {
 
     /// Requests that the server without headers has logged.
     pub fn plain_requests(&self) -> Vec<String> {
-        self.lines("plain.log")
+        // The first one was the question whether it listens.
+        self.lines("plain.log").into_iter().skip(1).collect()
     }
 
     /// Everything in the error log that is worse than a notice.
@@ -102,6 +103,14 @@ impl Nginx {
         // Only whole lines: nginx may be writing the last one.
         let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
         String::from_utf8_lossy(&text[..whole]).lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- nginx, errors\n{}", self.errors().join("\n"));
+        }
     }
 }
 
@@ -136,7 +145,10 @@ pub fn haproxy() -> Haproxy {
     let haproxy = Haproxy { process, _directory: directory, headers, plain };
     wait_until_listening("HAProxy", plain);
     // That question itself leaves a line in the log; everything after it is the test's.
-    haproxy.process.stdout.wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
+    haproxy
+        .process
+        .stdout
+        .wait_for("HAProxy's line about the connection that looked", |line| line.starts_with("plain"));
     haproxy
 }
 

@@ -159,8 +159,14 @@ impl Drop for Process {
         if std::thread::panicking() {
             for (stream, output) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
                 let lines = output.lines();
-                let last = &lines[lines.len().saturating_sub(40)..];
-                eprintln!("--- {} {stream}, last {} of {} lines\n{}", self.name, last.len(), lines.len(), last.join("\n"));
+                let last = &lines[lines.len().saturating_sub(12)..];
+                eprintln!(
+                    "--- {} {stream}, last {} of {} lines\n{}",
+                    self.name,
+                    last.len(),
+                    lines.len(),
+                    last.join("\n")
+                );
             }
         }
     }

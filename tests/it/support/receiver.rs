@@ -24,6 +24,11 @@ pub struct Arrival {
 }
 
 impl Arrival {
+    /// Does the header name a client? A health check's says LOCAL.
+    pub fn is_client(&self) -> bool {
+        self.header.as_ref().is_some_and(|header| header.addresses.ends().is_some())
+    }
+
     /// The client that the header names.
     #[track_caller]
     pub fn client(&self) -> SocketAddr {
@@ -174,7 +179,7 @@ pub fn echo(mut stream: TcpStream, arrival: &Arrival) -> io::Result<()> {
 
 /// Says who came (`client` by its header, or the peer) in one line before anything is asked, then ends.
 pub fn say_who(mut stream: TcpStream, arrival: &Arrival) -> io::Result<()> {
-    let who = if arrival.header.is_some() { arrival.client() } else { arrival.peer };
+    let who = if arrival.is_client() { arrival.client() } else { arrival.peer };
     writeln!(stream, "{who}")?;
     stream.shutdown(std::net::Shutdown::Write)?;
     io::copy(&mut stream, &mut io::sink()).map(drop)

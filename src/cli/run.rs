@@ -1,0 +1,25 @@
+//! `preface run`: serves a configuration file.
+
+use std::path::PathBuf;
+
+/// Serve a configuration file until told to stop
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+The file is watched: a change applies at once and to new connections; a file with errors changes
+nothing. The log goes to standard output.
+
+Signals: HUP loads the file again, TERM and INT stop gracefully, a second one stops at once.
+
+Examples:
+  preface run --config ./preface.toml
+  PREFACE_CONFIG=/config/preface.toml preface run")]
+pub struct Args {
+    /// Configuration file
+    #[arg(long, value_name = "FILE", env = "PREFACE_CONFIG", hide_env_values = true, default_value = super::CONFIG_FILE)]
+    pub config: PathBuf,
+}
+
+/// Serves.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    crate::server::run(args.config)
+}

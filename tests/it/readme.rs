@@ -1,0 +1,209 @@
+//! What the README and the Kubernetes manifest say is true: their TOML is valid, their commands exist, and the README's
+//! tables of ends and of log fields are the program's.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use preface::config::{self, LogFormat};
+use preface::log::{ConnectionLine, connection_line};
+use preface::termination::Termination;
+
+const README: &str = include_str!("../../README.md");
+const MANIFEST: &str = include_str!("../../deploy/kubernetes/preface.yaml");
+
+/// The fenced blocks of one language, each with the line on which it begins.
+fn blocks(language: &str) -> Vec<(usize, String)> {
+    let mut found: Vec<(usize, String)> = Vec::new();
+    let mut open: Option<&str> = None;
+    for (index, line) in README.lines().enumerate() {
+        match (line.strip_prefix("```"), open) {
+            (Some(opened), None) => {
+                open = Some(opened);
+                if opened == language {
+                    found.push((index + 2, String::new()));
+                }
+            }
+            (Some(_), Some(_)) => open = None,
+            (None, Some(opened)) if opened == language => {
+                let (_, text) = found.last_mut().expect("a block is open");
+                text.push_str(line);
+                text.push('\n');
+            }
+            (None, _) => {}
+        }
+    }
+    assert_eq!(open, None, "a block of the README is not closed");
+    found
+}
+
+/// The cells of the table that begins with this header line, row by row.
+fn table(header: &str) -> Vec<Vec<String>> {
+    let mut lines = README.lines().skip_while(|line| *line != header);
+    assert!(lines.next().is_some(), "no table in the README begins with {header:?}");
+    let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
+}
+
+/// The TOML in the manifest's ConfigMap, without YAML's indentation.
+fn manifest_toml() -> String {
+    let mut lines = MANIFEST.lines().skip_while(|line| *line != "  preface.toml: |");
+    assert!(lines.next().is_some(), "the manifest has no preface.toml");
+    let toml = lines.take_while(|line| line.is_empty() || line.starts_with("    "));
+    toml.map(|line| line.strip_prefix("    ").unwrap_or("").to_owned() + "\n").collect()
+}
+
+/// The number after `key:` in the manifest.
+fn manifest_number(key: &str) -> u64 {
+    let values: Vec<&str> = MANIFEST.lines().filter_map(|line| line.trim().strip_prefix(key)).collect();
+    assert_eq!(values.len(), 1, "{key} must stand in the manifest once");
+    values[0].trim().parse().expect("a number")
+}
+
+#[test]
+fn toml_examples_are_valid_and_draw_no_warning() {
+    let examples = blocks("toml");
+    assert!(examples.len() >= 5, "only {} TOML examples found", examples.len());
+    for (line, toml) in examples {
+        let parsed = config::parse("README.md", &toml).unwrap_or_else(|errors| panic!("README.md:{line}: {errors:?}"));
+        assert!(parsed.warnings.is_empty(), "README.md:{line}: {:?}", parsed.warnings);
+    }
+}
+
+#[test]
+fn begins_with_the_two_commands() {
+    let commands: Vec<String> = blocks("sh").into_iter().take(2).map(|(_, text)| text).collect();
+    assert_eq!(commands, ["cargo run --release -- demo\n", "tests/run\n"]);
+}
+
+/// `preface drain web --wait` in a shell block, a table or running text: the subcommand exists and knows its flags.
+#[test]
+fn commands_exist_with_their_flags() {
+    let shell = blocks("sh");
+    let lines = shell.iter().flat_map(|(_, text)| text.lines().map(|line| line.split('#').next().unwrap_or("")));
+    let quoted = README.split('`').skip(1).step_by(2).filter(|quoted| quoted.starts_with("preface "));
+    let mut seen = 0;
+    for line in lines.chain(quoted) {
+        let line = line.trim().trim_start_matches("sudo ");
+        let Some(arguments) = line.strip_prefix("preface ").or(line.strip_prefix("cargo run --release -- ")) else {
+            continue;
+        };
+        let mut words = arguments.split_whitespace();
+        let subcommand = words.next().expect("a subcommand");
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_preface")).args([subcommand, "--help"]).output().expect("it runs");
+        assert!(output.status.success(), "{line:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let help = String::from_utf8_lossy(&output.stdout);
+        for flag in words.filter(|word| word.starts_with("--")) {
+            assert!(help.contains(flag), "{line:?}: {subcommand} has no {flag}:\n{help}");
+        }
+        seen += 1;
+    }
+    assert!(seen >= 8, "only {seen} commands found");
+}
+
+#[test]
+fn links_and_paths_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for target in README.split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or("")) {
+        match target.strip_prefix('#') {
+            Some(anchor) => assert!(headings().contains(&anchor.to_owned()), "no heading for #{anchor}"),
+            None => assert!(root.join(target).exists(), "{target} does not exist"),
+        }
+    }
+    for path in ["config/preface.toml", "deploy/docker/Dockerfile", "deploy/kubernetes/preface.yaml", "tests/run"] {
+        assert!(README.contains(path), "the README no longer names {path}: take it out of this test");
+        assert!(root.join(path).exists(), "{path} does not exist");
+    }
+}
+
+/// Headings as anchors: lower case, spaces to hyphens, punctuation gone.
+fn headings() -> Vec<String> {
+    let titles = README.lines().filter_map(|line| line.strip_prefix("## "));
+    let keep = |c: char| c.is_alphanumeric() || c == ' ' || c == '-';
+    titles.map(|title| title.to_lowercase().replace(|c| !keep(c), "").replace(' ', "-")).collect()
+}
+
+#[test]
+fn the_table_of_ends_is_the_code() {
+    let documented: Vec<String> = table("| end | what happened | what to do |")
+        .into_iter()
+        .map(|row| row[0].trim_matches('`').to_owned())
+        .collect();
+    let known: Vec<String> = Termination::ALL.iter().map(Termination::to_string).collect();
+    assert_eq!(documented, known);
+}
+
+#[test]
+fn the_log_fields_are_the_code() {
+    let line = connection_line(
+        LogFormat::Text,
+        &ConnectionLine {
+            time: SystemTime::UNIX_EPOCH,
+            id: "id",
+            listener: "web",
+            client: "192.0.2.1:1".parse().expect("an address"),
+            local: None,
+            pool: None,
+            upstream: None,
+            header: None,
+            bytes_in: 0,
+            bytes_out: 0,
+            connect: None,
+            first_byte: None,
+            duration: Duration::ZERO,
+            attempts: 0,
+            end: Termination::Denied,
+        },
+    );
+    let keys = |line: &str| -> Vec<String> {
+        line.split_whitespace().map(|field| field.split('=').next().unwrap_or("").to_owned()).collect()
+    };
+    let documented: Vec<String> =
+        table("| field | meaning |").into_iter().map(|row| row[0].trim_matches('`').to_owned()).collect();
+    assert_eq!(documented, keys(&line), "the table of fields");
+    let (_, sample) = blocks("text").into_iter().next().expect("a sample line");
+    assert_eq!(keys(&sample), keys(&line), "the sample line");
+}
+
+/// The names are read from the code that writes them, so a metric that nobody documented fails here.
+#[test]
+fn the_table_of_metrics_is_the_code() {
+    let code = include_str!("../../src/server/exposition.rs");
+    let known: Vec<&str> =
+        code.split('"').skip(1).step_by(2).filter(|literal| literal.starts_with("preface_")).collect();
+    let documented: Vec<String> =
+        table("| metric | labels | what |").into_iter().map(|row| row[0].trim_matches('`').to_owned()).collect();
+    assert_eq!(documented, known);
+}
+
+#[test]
+fn the_manifest_is_consistent() {
+    let parsed = config::parse("preface.yaml", &manifest_toml()).unwrap_or_else(|errors| panic!("{errors:?}"));
+    assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
+    let config = parsed.config;
+    assert_ne!(config.runtime.workers, 0, "a pod has no idea of its share of the node: set workers");
+    let stopping = config.runtime.stop_delay + config.runtime.stop_timeout + Duration::from_secs(5);
+    assert!(Duration::from_secs(manifest_number("terminationGracePeriodSeconds:")) >= stopping);
+    for listener in config.listeners.values() {
+        for bind in &listener.binds {
+            let port = bind.address.port();
+            assert!(port >= 1024, "a restricted pod cannot bind {port}");
+            assert!(MANIFEST.contains(&format!("- name: {}\n              containerPort: {port}\n", listener.name)));
+            assert!(MANIFEST.contains(&format!("      targetPort: {}\n", listener.name)));
+        }
+    }
+    for required in [
+        "externalTrafficPolicy: Local",
+        "runAsNonRoot: true",
+        "type: RuntimeDefault",
+        "allowPrivilegeEscalation: false",
+        "readOnlyRootFilesystem: true",
+        "drop: [\"ALL\"]",
+        "automountServiceAccountToken: false",
+        "mountPath: /etc/preface\n",
+    ] {
+        assert!(MANIFEST.contains(required), "{required} is gone from the manifest");
+    }
+    assert!(!MANIFEST.contains("subPath:"), "a file mounted by subPath never changes again");
+}
