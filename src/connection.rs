@@ -343,7 +343,6 @@ async fn reach(
     early: &mut Early,
 ) -> Result<(Stream, Lease), Termination> {
     let pool = &listener.pool;
-    let entry = Rc::clone(&record.entry);
     let deadline = Instant::now() + pool.config.connect_deadline;
     let (mut tried, mut ordered_off) = (Vec::new(), Vec::new());
     let mut failure = None;
@@ -366,13 +365,7 @@ async fn reach(
         *record.entry.upstream.borrow_mut() = Some(Arc::clone(picked.lease.life()));
         let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(Instant::now()));
         let begun = Instant::now();
-        let keepalive = listener.config.keepalive;
-        let connected = tokio::select! {
-            biased;
-            termination = entry.ordered() => Err(termination),
-            connected = connect(&record.shared, pool, picked.lease.life(), keepalive, attempt_timeout) => connected,
-        };
-        match connected {
+        match connect(record, pool, picked.lease.life(), listener.config.keepalive, attempt_timeout).await {
             Ok(upstream) => {
                 let connected = begun.elapsed();
                 let plan = &listener.headers[pool.upstreams[picked.index].entry];
@@ -396,7 +389,7 @@ async fn reach(
             Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
             Err(termination) => {
                 // What was ordered is about this upstream: another one may have the connection.
-                if entry.ordered.take().is_some() {
+                if record.entry.ordered.take().is_some() {
                     ordered_off.push(picked.index);
                 }
                 failure = Some(termination);
@@ -410,21 +403,27 @@ async fn reach(
     Err(failure.unwrap_or(Termination::UpstreamTimeout))
 }
 
-/// One attempt to connect. Counts its failure against the upstream, unless it was ours.
+/// One attempt to connect, until it is ordered to end. Counts its failure against the upstream, unless it was ours.
 async fn connect(
-    shared: &Shared,
+    record: &Record,
     pool: &Pool,
     life: &Arc<UpstreamLife>,
     keepalive: Option<Duration>,
     attempt_timeout: Duration,
 ) -> Result<Stream, Termination> {
+    let shared = &record.shared;
     let source = next_source(shared, &pool.config.source, life.address);
     let connecting = async {
         let stream = Stream::connect(life.address, source, keepalive)?;
         stream.connected().await?;
         Ok::<Stream, io::Error>(stream)
     };
-    let termination = match timeout(attempt_timeout, connecting).await {
+    let connected = tokio::select! {
+        biased;
+        termination = record.entry.ordered() => return Err(termination),
+        connected = timeout(attempt_timeout, connecting) => connected,
+    };
+    let termination = match connected {
         Ok(Ok(stream)) => return Ok(stream),
         Ok(Err(error)) if net::check::is_local(&error) => {
             tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
