@@ -52,6 +52,8 @@ pub enum Message {
         slot: usize,
         /// `None`: off.
         keepalive: Option<Duration>,
+        /// Told when it is so.
+        set: oneshot::Sender<()>,
     },
     /// Add what was carried to the shared counters, and answer: the sign of life.
     Collect(oneshot::Sender<()>),
@@ -141,12 +143,13 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                     });
                 }
             }
-            Message::Keepalive { slot, keepalive } => {
+            Message::Keepalive { slot, keepalive, set } => {
                 if let Some((acceptor, _)) = acceptors.get(&slot)
                     && let Err(error) = acceptor.listening.set_keepalive(keepalive)
                 {
                     tracing::warn!(event = "keepalive", address = %acceptor.bound, reason = %error);
                 }
+                let _ = set.send(());
             }
             Message::Collect(reply) => {
                 shared.fold();

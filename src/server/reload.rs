@@ -37,6 +37,9 @@ pub fn parse(path: &Path, content: &[u8]) -> Result<(Parsed, String), Vec<String
 /// A reload waits this long at most for sockets of an earlier one to close; they take 0.1 s.
 const CLOSING_MAX: Duration = Duration::from_secs(1);
 
+/// And this long at most for its workers to change a socket option.
+const SETTING_MAX: Duration = Duration::from_millis(200);
+
 /// An address that a reload has bound and nobody can connect to yet.
 struct Bound {
     key: SocketKey,
@@ -282,14 +285,23 @@ impl State {
         }
     }
 
+    /// Sockets hand their keepalive to what they accept: it is changed by the time that the reload is reported.
     async fn update_keepalive(&self, before: &snapshot::Snapshot) {
+        let mut setting = Vec::new();
         for (slot, listener) in &self.snapshot.load().slots {
             let keepalive: Option<Duration> = listener.config.keepalive;
             if before.slots.get(slot).is_some_and(|before| before.config.keepalive != keepalive) {
                 for worker in &self.workers {
-                    worker.send(Message::Keepalive { slot: *slot, keepalive }).await;
+                    let (set, is_set) = oneshot::channel();
+                    worker.send(Message::Keepalive { slot: *slot, keepalive, set }).await;
+                    setting.push(is_set);
                 }
             }
+        }
+        let deadline = tokio::time::Instant::now() + SETTING_MAX;
+        for is_set in setting {
+            // A worker that is late sets it later.
+            let _ = timeout_at(deadline, is_set).await;
         }
     }
 }
