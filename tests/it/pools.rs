@@ -289,6 +289,38 @@ fn an_upstream_that_never_answers_costs_connect_timeout_once() {
 }
 
 #[test]
+fn a_retry_goes_by_the_orders_of_now() {
+    let (_listening, _queued, nobody) = blackhole();
+    let [receiver] = receivers::<1>();
+    let balancer = start("connect_timeout = \"1s\"\nretries = 1", &[(nobody, ""), (receiver.address, "")]);
+    let client = connect(&balancer);
+    let upstream = nobody.to_string();
+    eventually("the client's connection is on its way to nobody", || {
+        (balancer.metric("preface_upstream_connections_open", &[("upstream", &upstream)]) == 1.0).then_some(())
+    });
+    let order = format!("/pools/test/upstreams/{}/disable", receiver.address);
+    assert_eq!(balancer.ask("POST", &order).status, 200);
+    assert!(is_refused(client));
+    balancer.log().wait_for("its line", |line| line.ends_with(" end=upstream.connect.timeout"));
+    assert_eq!(receiver.arrivals().len(), 0);
+}
+
+#[test]
+fn a_deadline_as_short_as_one_attempt_still_ejects_who_never_answers() {
+    let (_listening, _queued, nobody) = blackhole();
+    let [receiver] = receivers::<1>();
+    let pool = "connect_timeout = \"200ms\"\nconnect_deadline = \"200ms\"";
+    let balancer = start(pool, &[(nobody, ""), (receiver.address, "")]);
+    let clients: Vec<_> = (0..6).map(|_| connect(&balancer)).collect();
+    assert_eq!(clients.into_iter().filter_map(|client| is_answered(&client).then_some(())).count(), 3);
+    let upstream = nobody.to_string();
+    eventually("nobody is out", || {
+        let labels = [("upstream", upstream.as_str()), ("health", "unhealthy")];
+        (balancer.metric("preface_upstream_health", &labels) == 1.0).then_some(())
+    });
+}
+
+#[test]
 fn when_none_is_healthy_the_pool_refuses_or_uses_all() {
     const CHECK: &str = "[pools.test.health_check]\ninterval = \"100ms\"\nunhealthy_threshold = 1\n";
     let healthy = |balancer: &Balancer, health: &str| balancer.metric("preface_upstream_health", &[("health", health)]);

@@ -192,6 +192,21 @@ fn header_length(bytes: &[u8]) -> usize {
     }
 }
 
+/// A read stops at the mark of urgent data (telnet, FTP's ABOR) although more is there.
+#[test]
+fn what_follows_urgent_data_does_not_wait_for_more() {
+    let lane = Lane::new();
+    let (mut client, mut server) = lane.open();
+    while_stopped(&lane.balancer, || {
+        client.write_all(b"abc").unwrap();
+        assert_eq!(SockRef::from(&client).send_out_of_band(b"!").unwrap(), 1);
+        client.write_all(b"def").unwrap();
+    });
+    let mut got = [0; 6];
+    server.read_exact(&mut got).expect("all of it, without a further byte or a close");
+    assert_eq!(&got, b"abcdef");
+}
+
 #[test]
 fn the_header_comes_alone_and_at_once_while_the_client_is_silent() {
     let lane = Lane::new();
