@@ -50,6 +50,8 @@ pub fn run(path: PathBuf) -> anyhow::Result<()> {
     let warnings = parsed.warnings.render(Style::Plain);
     let outcome = runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone()));
     log.flush(Duration::from_secs(1));
+    // A look at the file that hangs (NFS, a flood of file events) must not hold up the end of the process.
+    runtime.shutdown_background();
     outcome
 }
 
