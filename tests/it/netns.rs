@@ -127,9 +127,9 @@ fn ncat_behind_go_mmproxy_reports_the_client() {
         let Some(pair) = namespaces("ncat_behind_go_mmproxy_reports_the_client") else { return };
         let behind = free_port();
         let mut ncat = pair.right.command("ncat");
-        // The end of its input would make it hang up, so it reads none.
-        ncat.args(["-k", "-l", "--recv-only", "-v", "-n", "127.0.0.1", &behind.to_string()]);
-        let ncat = Process::start(&mut ncat);
+        ncat.args(["-k", "-l", "-v", "-n", "127.0.0.1", &behind.to_string()]);
+        // The end of its input would make it hang up, and `--recv-only` says at once that it will not speak.
+        let ncat = Process::start_at_terminal(&mut ncat);
         ncat.stderr.wait_for("ncat listens", |line| line.contains("Listening on 127.0.0.1"));
         let lab = mmproxy(pair, version, behind);
         for number in 0..10 {

@@ -113,9 +113,20 @@ impl Process {
     /// Starts `command` without input and with both outputs read.
     #[track_caller]
     pub fn start(command: &mut Command) -> Process {
+        Process::start_with(command, Stdio::null())
+    }
+
+    /// As at a terminal: its input is open, and nobody types.
+    #[track_caller]
+    pub fn start_at_terminal(command: &mut Command) -> Process {
+        Process::start_with(command, Stdio::piped())
+    }
+
+    #[track_caller]
+    fn start_with(command: &mut Command, input: Stdio) -> Process {
         let name = command.get_program().to_string_lossy().into_owned();
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             // A group of its own: nginx's workers must end with their master, which cannot tell them when it is killed.
