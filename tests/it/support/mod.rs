@@ -56,6 +56,8 @@ pub fn program(name: &str) -> PathBuf {
 
 /// Says that this machine cannot run a test, on the terminal and in the file that `tests/run` prints at its end.
 pub fn skip(test: &str, why: &str) {
+    let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
+    let why = why.chars().take(200).collect::<String>();
     eprintln!("SKIP {test}: {why}");
     if let Some(file) = std::env::var_os("PREFACE_TEST_SKIPPED") {
         let mut file =
