@@ -1,5 +1,6 @@
 //! What needs a network of its own: an upstream that falls silent, and go-mmproxy, which answers from spoofed addresses.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread::JoinHandle;
@@ -39,9 +40,16 @@ upstreams = ["{}", "{}"]
     let lb = preface_in(&pair.left, &config);
     let web = SocketAddr::new("10.231.0.1".parse().expect("an address"), lb.port("web"));
     lb.wait_health("p", silent.address, "healthy");
-    let client = || pair.left.inside(|| connect(web)).expect("a client connects");
+    // Ports come again: the how-manieth use of its address a client is tells which line is its own.
+    let mut uses: HashMap<SocketAddr, usize> = HashMap::new();
+    let mut client = || {
+        let stream = pair.left.inside(|| connect(web)).expect("a client connects");
+        let use_of_address = uses.entry(stream.local_addr().expect("a client has an address")).or_default();
+        *use_of_address += 1;
+        (stream, *use_of_address)
+    };
     for _ in 0..10 {
-        assert!(is_served(client()));
+        assert!(is_served(client().0));
     }
     assert!(silent.arrivals().iter().any(|arrival| arrival.is_client()));
 
@@ -52,22 +60,22 @@ upstreams = ["{}", "{}"]
     let (mut early, mut late) = (Vec::new(), Vec::new());
     eventually("a second of clients after the limit", || {
         let begun = cut.elapsed();
-        let stream = client();
-        let address = stream.local_addr().expect("a client has an address");
+        let (stream, use_of_address) = client();
+        let address = (stream.local_addr().expect("a client has an address"), use_of_address);
         let answered = std::thread::spawn(move || is_served(stream));
         let clients = if begun <= Duration::from_secs(2) { &mut early } else { &mut late };
         clients.push((address, answered));
         (begun > Duration::from_secs(4)).then_some(())
     });
     let [early, late] = [early, late].map(|clients| {
-        let served = |(address, answered): (SocketAddr, JoinHandle<bool>)| {
-            assert!(answered.join().expect("a client ends"), "client {address} was not served");
+        let served = |(address, answered): ((SocketAddr, usize), JoinHandle<bool>)| {
+            assert!(answered.join().expect("a client ends"), "client {address:?} was not served");
             address
         };
         clients.into_iter().map(served).collect::<Vec<_>>()
     });
     // Health checks go on reaching for it, so its side cannot tell; the line of each connection says how often it tried.
-    let met_the_cut = |client: &&SocketAddr| !connection_line(&lb, **client).contains(" attempts=1 ");
+    let met_the_cut = |client: &&(SocketAddr, usize)| !connection_line(&lb, **client).contains(" attempts=1 ");
     assert!(early.iter().filter(met_the_cut).count() > 0, "this proves nothing");
     assert!(late.len() > 10, "this proves nothing");
     for client in late {
@@ -84,9 +92,11 @@ fn is_served(mut stream: TcpStream) -> bool {
     stream.read_to_string(&mut answer).is_ok() && answer.trim() == own
 }
 
-fn connection_line(lb: &Balancer, client: SocketAddr) -> String {
+/// The line of the connection that was this address's n-th.
+fn connection_line(lb: &Balancer, (client, nth): (SocketAddr, usize)) -> String {
     let client = format!(" client={client} ");
-    lb.log().wait_for("the line of a connection", |line| line.contains("event=connection") && line.contains(&client))
+    let is_its = |line: &str| line.contains("event=connection") && line.contains(&client);
+    lb.log().wait_for_count("the line of a connection", nth, is_its).remove(nth - 1)
 }
 
 /// go-mmproxy on `right` with a program behind it that has never heard of headers; preface before it; clients on `left`.
