@@ -21,7 +21,7 @@ use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
 use crate::proxy_protocol::Version;
-use crate::relay::{self, Early, Observer, Scratch};
+use crate::relay::{self, Buffers, Early, Observer, Scratch};
 use crate::snapshot::{Listener, ListenerLife, Snapshot};
 use crate::termination::Termination;
 
@@ -51,10 +51,11 @@ impl Shared {
         open: Arc<OpenConnections>,
         control: control::Handle,
         log: log::Sender,
+        pipes_max: usize,
     ) -> Rc<Shared> {
         Rc::new(Shared {
             cache: RefCell::new(arc_swap::Cache::new(snapshot)),
-            scratch: Rc::new(RefCell::new(vec![0; relay::SCRATCH_BYTES])),
+            scratch: Buffers::new(pipes_max),
             header: RefCell::default(),
             registry: RefCell::default(),
             sources: Cell::new(0),
@@ -538,7 +539,7 @@ async fn introduce(
         plan.encode(record.client, local, &record.id, bytes).map_err(io::Error::other)?;
         let header = bytes.len();
         if early.pending.is_empty() && !early.client_eof && !early.client_reset {
-            let scratch = &mut *shared.scratch.borrow_mut();
+            let scratch = &mut shared.scratch.borrow_mut().bytes;
             match client.poll_read(cx, scratch) {
                 Poll::Pending => {}
                 Poll::Ready(Ok(0)) => early.client_eof = true,

@@ -129,6 +129,9 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
     if a.workers != b.workers {
         lines.say(&format!("workers {} -> {} (applies at the next start)", a.workers, b.workers));
     }
+    if a.pin_workers != b.pin_workers {
+        lines.say(&format!("pin_workers {} -> {} (applies at the next start)", a.pin_workers, b.pin_workers));
+    }
     lines.plain("max_connections", &a.max_connections, &b.max_connections);
     lines.duration("stop_delay", a.stop_delay, b.stop_delay);
     lines.duration("stop_timeout", a.stop_timeout, b.stop_timeout);

@@ -144,7 +144,12 @@ static RUNTIME: Table = Table {
             Default::Integer(0),
             "Threads that carry traffic; 0: one per CPU available, 16 at most. Read at start only.",
         ),
-        later("pin_workers"),
+        key(
+            "pin_workers",
+            Kind::Boolean,
+            Default::Boolean(false),
+            "Each worker on a processor of its own; for machines that do nothing else. Read at start only.",
+        ),
         key(
             "max_connections",
             Kind::Integer(0, CONNECTIONS_MAX),

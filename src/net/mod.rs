@@ -3,6 +3,7 @@
 pub mod check;
 pub mod limits;
 pub mod listen;
+pub mod splice;
 pub mod stream;
 
 use std::io;

@@ -14,6 +14,8 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::splice::Pipe;
+
 /// A connected (or connecting) non-blocking TCP socket.
 #[derive(Debug)]
 pub struct Stream {
@@ -87,8 +89,39 @@ impl Stream {
         }
     }
 
-    /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then.
-    fn has_urgent_data(&self) -> bool {
+    /// Fills an empty pipe from the socket, at most with what it can hold; 0 is the end of the stream.
+    pub fn poll_fill(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_read_ready(cx))?;
+            match pipe.fill(self.fd.as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    /// Writes what the pipe holds, once. A short write means that the socket is full now.
+    pub fn poll_drain(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            match pipe.drain(self.fd.as_fd()) {
+                Ok(count) => {
+                    if pipe.held() > 0 {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then,
+    /// and splicing never gets past the mark.
+    pub fn has_urgent_data(&self) -> bool {
         // Looks at the readiness that epoll reported and makes no system call.
         self.fd.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
     }
