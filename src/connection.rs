@@ -1,7 +1,7 @@
 //! The life of one TCP connection: pick, connect, introduce, relay, and the record of how it ended.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::time::{Instant, sleep, timeout};
+use ulid::Ulid;
 
 use crate::config::LogConnections;
 use crate::control;
@@ -201,9 +202,10 @@ pub struct Record {
     shared: Rc<Shared>,
     entry: Rc<Entry>,
     index: usize,
-    id: String,
+    /// As bytes: a `Ulid` would be aligned to 16.
+    id: [u8; 16],
     client: SocketAddr,
-    local: Option<SocketAddr>,
+    local: SocketAddr,
     pool: Option<Arc<str>>,
     header: Option<&'static str>,
     connect: Option<Duration>,
@@ -215,11 +217,13 @@ pub struct Record {
 
 impl Record {
     /// Takes over what the connection counts as: one among the listener's, `open` among the process's, and with
-    /// `in_source` one among its source's. All are given back at its end.
+    /// `in_source` one among its source's. All are given back at its end. `local` is what the client connected to, or the
+    /// wildcard where that isn't known yet.
     pub fn new(
         shared: &Rc<Shared>,
         listener: &Arc<ListenerLife>,
         client: SocketAddr,
+        local: SocketAddr,
         open: Option<OpenConnection>,
         in_source: bool,
     ) -> Record {
@@ -242,7 +246,7 @@ impl Record {
             index,
             id: connection_id(),
             client,
-            local: None,
+            local,
             pool: None,
             header: None,
             connect: None,
@@ -252,11 +256,22 @@ impl Record {
             open,
         };
         if shared.with_snapshot(|snapshot| snapshot.log_connections == Some(LogConnections::StartAndEnd)) {
-            let (format, now) = (shared.log.format(), SystemTime::now());
-            let line = log::connection_start_line(format, now, &record.id, &listener.name, client);
+            let (format, now, mut id) = (shared.log.format(), SystemTime::now(), [0; ulid::ULID_LEN]);
+            let line = log::connection_start_line(
+                format,
+                now,
+                Ulid::from_bytes(record.id).array_to_str(&mut id),
+                &listener.name,
+                client,
+            );
             shared.log.send(line.as_bytes());
         }
         record
+    }
+
+    /// Replaces a wildcard by the address that the client connected to.
+    pub fn set_local(&mut self, local: SocketAddr) {
+        self.local = local;
     }
 
     /// Counts and logs the end.
@@ -286,12 +301,13 @@ impl Record {
     }
 
     fn log(&self, termination: Termination) {
+        let mut id = [0; ulid::ULID_LEN];
         let line = ConnectionLine {
             time: SystemTime::now(),
-            id: &self.id,
+            id: Ulid::from_bytes(self.id).array_to_str(&mut id),
             listener: &self.entry.listener.name,
             client: self.client,
-            local: self.local,
+            local: (!self.local.ip().is_unspecified()).then_some(self.local),
             pool: self.pool.as_deref(),
             upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
             header: self.header,
@@ -316,47 +332,54 @@ impl Drop for Record {
 }
 
 /// A ULID: 26 ASCII characters that sort by time.
-fn connection_id() -> String {
+fn connection_id() -> [u8; 16] {
     let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    ulid::Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..)).to_string()
+    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..)).to_bytes()
 }
 
 /// Serves one admitted connection to its end.
-pub async fn serve(client: Stream, bound: SocketAddr, slot: usize, listener: Arc<Listener>, mut record: Record) {
-    // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
-    let local = if bound.ip().is_unspecified() { client.local_address() } else { Ok(bound) };
-    let Ok(local) = local else {
-        // The client is gone already, and with it the address.
-        record.end(Termination::ClientReset);
-        return;
-    };
-    record.local = Some(local);
-    let idle_timeout = listener.config.idle_timeout;
-    let mut early = Early::default();
-    // Nothing of the snapshot is held after this: it may be replaced a thousand times while bytes flow.
-    let reached = reach(&client, local, slot, listener, &mut record, &mut early).await;
-    let (upstream, _lease) = match reached {
-        Ok(reached) => reached,
-        Err(termination) => {
-            client.reset();
-            record.end(termination);
-            return;
-        }
-    };
-    let scratch = Rc::clone(&record.shared.scratch);
-    let termination = relay::run(client, upstream, early, idle_timeout, &scratch, &*record.entry).await;
-    record.end(termination);
+///
+/// Not an `async fn`: those keep a second copy of their arguments for as long as they run.
+pub fn serve(client: Stream, slot: usize, listener: Arc<Listener>, mut record: Record) -> impl Future<Output = ()> {
+    async move {
+        // Boxed: what is needed to get through to an upstream is not carried along while bytes flow. Nothing of the
+        // snapshot is held after it: it may be replaced a thousand times by then.
+        let mut reached = match Box::pin(reach(&client, slot, listener, &mut record)).await {
+            Ok(reached) => reached,
+            Err(termination) => {
+                client.reset_when_closed();
+                drop(client);
+                record.end(termination);
+                return;
+            }
+        };
+        let early = std::mem::take(&mut reached.early);
+        let (scratch, entry) = (&record.shared.scratch, &*record.entry);
+        let relayed = relay::run(&client, &reached.upstream, early, reached.idle_timeout, scratch, entry);
+        let termination = relayed.await;
+        // Closed before the end is told: who reads of it finds it so.
+        drop((client, reached));
+        record.end(termination);
+    }
+}
+
+/// An upstream that knows who the client is.
+struct Reached {
+    upstream: Stream,
+    /// Counts among the upstream's open connections until dropped.
+    _lease: Lease,
+    early: Early,
+    idle_timeout: Duration,
 }
 
 /// Connects to an upstream and introduces the client to it; tries others while that may help.
 async fn reach(
     client: &Stream,
-    local: SocketAddr,
     slot: usize,
     mut listener: Arc<Listener>,
     record: &mut Record,
-    early: &mut Early,
-) -> Result<(Stream, Lease), Termination> {
+) -> Result<Reached, Termination> {
+    let mut early = Early::default();
     let deadline = Instant::now() + listener.pool.config.connect_deadline;
     let mut attempts = Attempts::default();
     for _ in 0..=listener.pool.config.retries {
@@ -377,8 +400,11 @@ async fn reach(
             Err(PickError::None) => return Err(attempts.failure.unwrap_or(Termination::NoUpstream)),
             Err(_) => return Err(attempts.failure.unwrap_or(Termination::UpstreamsFull)),
         };
-        match attempt(client, local, &listener, &picked, deadline, record, early).await {
-            Ok(upstream) => return Ok((upstream, picked.lease)),
+        match attempt(client, &listener, &picked, deadline, record, &mut early).await {
+            Ok(upstream) => {
+                let idle_timeout = listener.config.idle_timeout;
+                return Ok(Reached { upstream, _lease: picked.lease, early, idle_timeout });
+            }
             Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
             Err(termination) => {
                 let life = Arc::clone(picked.lease.life());
@@ -426,7 +452,6 @@ impl Attempts {
 /// One attempt: connect, then introduce.
 async fn attempt(
     client: &Stream,
-    local: SocketAddr,
     listener: &Listener,
     picked: &Picked,
     deadline: Instant,
@@ -447,7 +472,7 @@ async fn attempt(
     };
     let connect_time = begun.elapsed();
     let plan = &listener.headers[pool.upstreams[picked.index].entry];
-    if introduce(client, &upstream, local, plan, record, early).await.is_err() {
+    if introduce(client, &upstream, plan, record, early).await.is_err() {
         // Not a byte was taken: another upstream may have the whole.
         count_failure(&record.shared, pool, life);
         return Err(Termination::UpstreamResetHeader);
@@ -527,7 +552,6 @@ fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Opt
 async fn introduce(
     client: &Stream,
     upstream: &Stream,
-    local: SocketAddr,
     plan: &HeaderPlan,
     record: &Record,
     early: &mut Early,
@@ -536,7 +560,9 @@ async fn introduce(
     poll_fn(|cx| {
         let bytes = &mut *shared.header.borrow_mut();
         bytes.clear();
-        plan.encode(record.client, local, &record.id, bytes).map_err(io::Error::other)?;
+        let mut id = [0; ulid::ULID_LEN];
+        plan.encode(record.client, record.local, Ulid::from_bytes(record.id).array_to_str(&mut id), bytes)
+            .map_err(io::Error::other)?;
         let header = bytes.len();
         if early.pending.is_empty() && !early.client_eof && !early.client_reset {
             let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -570,4 +596,19 @@ async fn introduce(
         Poll::Ready(outcome)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, D, F: Future>(_: impl Fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// With what tokio adds, it is allocated in steps of 128 bytes: the next one begins at 632.
+    #[test]
+    fn an_idle_connection_is_small() {
+        assert!(size_of_future(serve) <= 632, "{} bytes", size_of_future(serve));
+    }
 }

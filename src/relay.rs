@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -77,7 +77,7 @@ struct Direction {
     /// Lent while it holds bytes, or while there are more to come.
     pipe: Option<Box<Pipe>>,
     eof: bool,
-    shut: bool,
+    is_shut: bool,
 }
 
 /// How the next bytes are moved.
@@ -122,50 +122,56 @@ pub struct Early {
     pub client_reset: bool,
 }
 
-/// Carries bytes until both sides are done, one is reset, or it is ordered to end; closes both as fits the end.
-pub async fn run(
-    client: Stream,
-    upstream: Stream,
+/// Carries bytes until both sides are done, one is reset, or it is ordered to end. Whatever end is not a regular one
+/// leaves both to be reset when they are dropped: neither may take what it has for the whole.
+///
+/// Not an `async fn`: those keep a second copy of their arguments, and this future waits for as long as its connection.
+pub fn run<'a, O: Observer>(
+    client: &'a Stream,
+    upstream: &'a Stream,
     early: Early,
     idle_timeout: Duration,
-    scratch: &Scratch,
-    observer: &impl Observer,
-) -> Termination {
+    scratch: &'a Scratch,
+    observer: &'a O,
+) -> impl Future<Output = Termination> + use<'a, O> {
     let mut relay = Relay {
-        client: &client,
-        upstream: &upstream,
+        client,
+        upstream,
         up: Direction { pending: early.pending, eof: early.client_eof, ..Direction::default() },
         down: Direction::default(),
         first_eof: early.client_eof.then_some(Side::Client),
+        is_reset: early.client_reset,
         client_watch: None,
         upstream_watch: None,
         last_active: Instant::now(),
+        idle_timeout,
+        scratch,
         observer,
     };
-    let stopped = if early.client_reset {
-        Stopped::Reset(Side::Client)
-    } else {
-        let idle = sleep_until(relay.last_active + idle_timeout);
-        tokio::pin!(idle);
-        poll_fn(|cx| relay.poll(cx, idle.as_mut(), idle_timeout, &mut scratch.borrow_mut())).await
-    };
-    let termination = match stopped {
-        Stopped::Finished if relay.first_eof == Some(Side::Client) => return Termination::ClientClosed,
-        Stopped::Finished => return Termination::UpstreamClosed,
-        Stopped::Reset(side) => {
-            relay.deliver_rest(side, scratch).await;
-            match side {
-                Side::Client => Termination::ClientReset,
-                Side::Upstream => Termination::UpstreamReset,
+    async move {
+        let stopped = if relay.is_reset {
+            Stopped::Reset(Side::Client)
+        } else {
+            let mut idle = pin!(sleep_until(relay.last_active + relay.idle_timeout));
+            poll_fn(|cx| relay.poll(cx, idle.as_mut())).await
+        };
+        let termination = match stopped {
+            Stopped::Finished if relay.first_eof == Some(Side::Client) => return Termination::ClientClosed,
+            Stopped::Finished => return Termination::UpstreamClosed,
+            Stopped::Reset(side) => {
+                // Boxed, because it is rare, and as large as all the rest.
+                Box::pin(relay.deliver_rest(side)).await;
+                match side {
+                    Side::Client => Termination::ClientReset,
+                    Side::Upstream => Termination::UpstreamReset,
+                }
             }
-        }
-        Stopped::Ended(termination) => termination,
-    };
-    drop(relay);
-    // Neither side may take what it has for the whole.
-    client.reset();
-    upstream.reset();
-    termination
+            Stopped::Ended(termination) => termination,
+        };
+        relay.client.reset_when_closed();
+        relay.upstream.reset_when_closed();
+        termination
+    }
 }
 
 struct Relay<'a, O> {
@@ -174,10 +180,14 @@ struct Relay<'a, O> {
     up: Direction,
     down: Direction,
     first_eof: Option<Side>,
+    /// Was the client reset before there was anything to relay?
+    is_reset: bool,
     /// Kept once made: a side that isn't being read would not tell of its reset otherwise.
     client_watch: Option<ErrorWatch<'a>>,
     upstream_watch: Option<ErrorWatch<'a>>,
     last_active: Instant,
+    idle_timeout: Duration,
+    scratch: &'a Scratch,
     observer: &'a O,
 }
 
@@ -188,21 +198,16 @@ enum Progress {
     Waiting,
     /// The budget is used up: more may be there.
     Busy,
-    /// Everything was delivered and the close passed on.
+    /// Everything was delivered; the end may be passed on.
     Done,
 }
 
 impl<'a, O: Observer> Relay<'a, O> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut idle: Pin<&mut Sleep>,
-        idle_timeout: Duration,
-        buffers: &mut Buffers,
-    ) -> Poll<Stopped> {
+    fn poll(&mut self, cx: &mut Context<'_>, mut idle: Pin<&mut Sleep>) -> Poll<Stopped> {
         if let Some(termination) = self.observer.poll_ordered(cx) {
             return Poll::Ready(Stopped::Ended(termination));
         }
+        let buffers = &mut *self.scratch.borrow_mut();
         let (mut up_moved, mut down_moved) = (0, 0);
         let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved);
         self.observer.to_upstream(up_moved);
@@ -226,7 +231,14 @@ impl<'a, O: Observer> Relay<'a, O> {
             };
         }
         if (up, down) == (Progress::Done, Progress::Done) {
+            // Closing the sockets passes on the last end.
             return Poll::Ready(Stopped::Finished);
+        }
+        if up == Progress::Done {
+            self.up.shut(self.upstream);
+        }
+        if down == Progress::Done {
+            self.down.shut(self.client);
         }
         if up_moved + down_moved > 0 {
             self.last_active = Instant::now();
@@ -242,7 +254,7 @@ impl<'a, O: Observer> Relay<'a, O> {
             return Poll::Ready(Stopped::Reset(Side::Upstream));
         }
         while idle.as_mut().poll(cx).is_ready() {
-            let deadline = self.last_active + idle_timeout;
+            let deadline = self.last_active + self.idle_timeout;
             if deadline <= Instant::now() {
                 return Poll::Ready(Stopped::Ended(Termination::IdleTimeout));
             }
@@ -252,7 +264,7 @@ impl<'a, O: Observer> Relay<'a, O> {
     }
 
     /// `side` was reset. What it had sent before still goes to the other side, as long as that one takes it.
-    async fn deliver_rest(&mut self, side: Side, scratch: &Scratch) {
+    async fn deliver_rest(&mut self, side: Side) {
         let (from, to) = match side {
             Side::Client => (self.client, self.upstream),
             Side::Upstream => (self.upstream, self.client),
@@ -262,9 +274,7 @@ impl<'a, O: Observer> Relay<'a, O> {
             let mut moved = 0;
             let (progress, ordered) = poll_fn(|cx| {
                 let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
-                // The close must not be passed on: the reset comes in its place.
-                direction.shut = true;
-                let progress = direction.poll(cx, from, to, &mut scratch.borrow_mut(), &mut moved);
+                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved);
                 if matches!(progress, Err(End::Read)) {
                     // All that it sent was read; what is pending still has to go.
                     direction.eof = true;
@@ -335,11 +345,6 @@ impl Direction {
             }
             if self.eof {
                 self.give_back(&mut buffers.pipes);
-                if !self.shut {
-                    // A peer that is gone answers the next call on its socket; here there is nobody to tell.
-                    let _ = to.shutdown_write();
-                    self.shut = true;
-                }
                 return Ok(Progress::Done);
             }
             if *moved >= BYTES_PER_POLL {
@@ -459,6 +464,14 @@ impl Direction {
         }
         (self.pending, self.written) = (Vec::new(), 0);
         Poll::Ready(Ok(()))
+    }
+
+    /// Passes on the end of the stream, once.
+    fn shut(&mut self, to: &Stream) {
+        if !std::mem::replace(&mut self.is_shut, true) {
+            // A peer that is gone answers the next call on its socket; here there is nobody to tell.
+            let _ = to.shutdown_write();
+        }
     }
 
     fn give_back(&mut self, pipes: &mut Pipes) {

@@ -56,7 +56,11 @@ impl Stream {
     /// Waits until the handshake is over.
     pub async fn connected(&self) -> io::Result<()> {
         // The guard keeps its readiness: the socket is writable from here on.
-        let _ready = self.fd.writable().await?;
+        let ready = self.fd.writable().await?;
+        // epoll tells of a failure along with it; only then the socket has to be asked.
+        if !ready.ready().is_write_closed() {
+            return Ok(());
+        }
         match SockRef::from(&self.fd).take_error()? {
             Some(error) => Err(error),
             None => Ok(()),
@@ -170,8 +174,8 @@ impl Stream {
         usize::try_from(count).ok()
     }
 
-    /// Closes with RST: the peer must not take what it got for the whole.
-    pub fn reset(self) {
+    /// Closes with RST as soon as it is dropped: the peer must not take what it got for the whole.
+    pub fn reset_when_closed(&self) {
         // Should the option fail, the socket is closed with FIN: there is no other way to send a reset.
         let _ = SockRef::from(&self.fd).set_linger(Some(Duration::ZERO));
     }
