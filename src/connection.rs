@@ -32,6 +32,9 @@ const RETRY_SAME_DELAY: Duration = Duration::from_millis(100);
 /// An attempt that has this much less than `connect_timeout` counts as a whole one.
 const DEADLINE_SLACK: Duration = Duration::from_millis(50);
 
+/// Sooner than the timers of connections.
+const TICK: Duration = Duration::from_millis(500);
+
 /// What all connections of one worker share.
 pub struct Shared {
     cache: RefCell<arc_swap::Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
@@ -39,6 +42,8 @@ pub struct Shared {
     header: RefCell<Vec<u8>>,
     registry: RefCell<Registry>,
     sources: Cell<usize>,
+    accepted: Cell<u64>,
+    is_ticking: Cell<bool>,
     control: control::Handle,
     log: log::Sender,
     /// Open connections of the process.
@@ -60,10 +65,32 @@ impl Shared {
             header: RefCell::default(),
             registry: RefCell::default(),
             sources: Cell::new(0),
+            accepted: Cell::new(0),
+            is_ticking: Cell::new(false),
             control,
             log,
             open,
         })
+    }
+
+    /// Told of each connection before its timers are set. A timer that is due before all others wakes the event loop by
+    /// a system call, and sends it round once more; one timer that is always sooner spares every connection that.
+    pub fn tick(self: &Rc<Shared>) {
+        self.accepted.set(self.accepted.get() + 1);
+        if self.is_ticking.replace(true) {
+            return;
+        }
+        let shared = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            loop {
+                let accepted = shared.accepted.get();
+                sleep(TICK).await;
+                if shared.accepted.get() == accepted {
+                    break;
+                }
+            }
+            shared.is_ticking.set(false);
+        });
     }
 
     /// Reads the snapshot in force.

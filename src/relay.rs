@@ -53,6 +53,9 @@ const SMALL_BYTES: usize = 16 * 1024;
 /// Small transfers in a row before a direction copies again.
 const SMALL_TRANSFERS: u8 = 4;
 
+/// A connection that lives for this long gets keepalive probes towards its upstream.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(5);
+
 /// A reset is passed on at the latest when the other side took nothing for this long.
 const RESET_STALL_MAX: Duration = Duration::from_secs(1);
 /// Between looks at what the other side has not acknowledged yet.
@@ -152,7 +155,7 @@ pub fn run<'a, O: Observer>(
         let stopped = if relay.is_reset {
             Stopped::Reset(Side::Client)
         } else {
-            let mut idle = pin!(sleep_until(relay.last_active + relay.idle_timeout));
+            let mut idle = pin!(sleep_until(relay.last_active + relay.idle_timeout.min(KEEPALIVE_AFTER)));
             poll_fn(|cx| relay.poll(cx, idle.as_mut())).await
         };
         let termination = match stopped {
@@ -254,6 +257,8 @@ impl<'a, O: Observer> Relay<'a, O> {
             return Poll::Ready(Stopped::Reset(Side::Upstream));
         }
         while idle.as_mut().poll(cx).is_ready() {
+            // Should it fail, a peer that vanished is noticed by the idle timeout alone.
+            let _ = self.upstream.keep_alive();
             let deadline = self.last_active + self.idle_timeout;
             if deadline <= Instant::now() {
                 return Poll::Ready(Stopped::Ended(Termination::IdleTimeout));

@@ -130,5 +130,6 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, acceptor: &Acceptor, listener:
             Err(_) => return record.end(Termination::ClientReset),
         }
     }
+    shared.tick();
     tokio::task::spawn_local(connection::serve(stream, acceptor.slot, Arc::clone(listener), record));
 }

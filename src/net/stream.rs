@@ -1,16 +1,17 @@
 //! One TCP connection in a worker's event loop, with the few operations that the data path needs.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketAddrAny};
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -19,28 +20,74 @@ use super::splice::Pipe;
 /// A connected (or connecting) non-blocking TCP socket.
 #[derive(Debug)]
 pub struct Stream {
-    fd: AsyncFd<OwnedFd>,
+    fd: AsyncFd<Socket>,
+}
+
+/// The descriptor, and the options that a short connection never pays for.
+#[derive(Debug)]
+struct Socket {
+    fd: OwnedFd,
+    nodelay: Cell<NoDelay>,
+    /// Seconds until the first probe, to be set by `keep_alive`; 0: off, or inherited from the listener.
+    keepalive_secs: Cell<u16>,
+}
+
+/// When TCP_NODELAY is to be set. Only a second write can be held back by Nagle's algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoDelay {
+    BeforeSecondWrite,
+    BeforeThisWrite,
+    Set,
+}
+
+impl Socket {
+    fn before_write(&self) {
+        match self.nodelay.get() {
+            NoDelay::Set => {}
+            NoDelay::BeforeSecondWrite => self.nodelay.set(NoDelay::BeforeThisWrite),
+            NoDelay::BeforeThisWrite => {
+                // Without it small messages are late, but they come.
+                let _ = SockRef::from(&self.fd).set_tcp_nodelay(true);
+                self.nodelay.set(NoDelay::Set);
+            }
+        }
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 /// A wait for the peer's reset.
 pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 impl Stream {
-    /// Takes an accepted, non-blocking socket into the current runtime.
+    /// Takes an accepted, non-blocking socket into the current runtime. TCP_NODELAY and keepalive are the listener's.
     pub fn new(fd: OwnedFd) -> io::Result<Stream> {
-        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
-        // SAFETY: an OwnedFd refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(fd, interest)? } })
+        Stream::register(Socket { fd, nodelay: Cell::new(NoDelay::Set), keepalive_secs: Cell::new(0) })
     }
 
-    /// Starts to connect; `connected` tells the outcome.
+    fn register(socket: Socket) -> io::Result<Stream> {
+        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+        // SAFETY: a Socket refers to the same open descriptor until it is dropped, which AsyncFd does last.
+        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(socket, interest)? } })
+    }
+
+    /// Starts to connect; `connected` tells the outcome, `keep_alive` starts keepalive probes.
     pub fn connect(address: SocketAddr, source: Option<IpAddr>, keepalive: Option<Duration>) -> io::Result<Stream> {
-        let socket =
-            Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-        socket.set_tcp_nodelay(true)?;
-        if let Some(idle) = keepalive {
-            socket.set_tcp_keepalive(&super::keepalive(idle))?;
-        }
+        let socket = socket2::Socket::new(
+            Domain::for_address(address),
+            Type::STREAM.nonblocking().cloexec(),
+            Some(Protocol::TCP),
+        )?;
         if let Some(source) = source {
             // The port is chosen at connect, per destination: 64k connections for each upstream instead of for all.
             super::set_option(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
@@ -50,7 +97,12 @@ impl Stream {
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
             _ => {}
         }
-        Stream::new(OwnedFd::from(socket))
+        let keepalive_secs = keepalive.map_or(0, |idle| u16::try_from(idle.as_secs().max(1)).unwrap_or(u16::MAX));
+        Stream::register(Socket {
+            fd: OwnedFd::from(socket),
+            nodelay: Cell::new(NoDelay::BeforeSecondWrite),
+            keepalive_secs: Cell::new(keepalive_secs),
+        })
     }
 
     /// Waits until the handshake is over.
@@ -64,6 +116,15 @@ impl Stream {
         match SockRef::from(&self.fd).take_error()? {
             Some(error) => Err(error),
             None => Ok(()),
+        }
+    }
+
+    /// Starts the keepalive probes that `connect` was told of. Later than at connect, because they cost four system
+    /// calls that a connection of a few seconds has no use for.
+    pub fn keep_alive(&self) -> io::Result<()> {
+        match self.fd.get_ref().keepalive_secs.take() {
+            0 => Ok(()),
+            secs => SockRef::from(&self.fd).set_tcp_keepalive(&super::keepalive(Duration::from_secs(secs.into()))),
         }
     }
 
@@ -109,6 +170,7 @@ impl Stream {
     pub fn poll_drain(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            self.fd.get_ref().before_write();
             match pipe.drain(self.fd.as_fd()) {
                 Ok(count) => {
                     if pipe.held() > 0 {
@@ -134,6 +196,7 @@ impl Stream {
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            self.fd.get_ref().before_write();
             match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     if count < bytes.len() {
