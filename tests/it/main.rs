@@ -19,5 +19,6 @@ mod receivers;
 mod reload;
 mod requested;
 mod stopping;
+mod syscalls;
 mod tidy;
 mod traffic;
