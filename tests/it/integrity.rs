@@ -220,7 +220,12 @@ fn crossing(seed: u64) -> Exchange {
     draft.send_down(100_000, 100);
     draft.client.push(Step::Shut);
     draft.server.push(Step::Shut);
-    exchange(seed, fast(draft.client), fast(draft.server))
+    // Something stays behind on the way to a side that is slow.
+    match seed % 4 {
+        0 => exchange(seed, slow(draft.client), fast(draft.server)),
+        1 => exchange(seed, fast(draft.client), slow(draft.server)),
+        _ => exchange(seed, fast(draft.client), fast(draft.server)),
+    }
 }
 
 #[test]
