@@ -66,6 +66,9 @@ pub struct Exchange {
     pub early: bool,
 }
 
+/// Between looks at what the kernel has still to send.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 const BUFFER_BYTES: usize = 256 * 1024;
 
 /// No size of a buffer, page or pipe divides it: what is lost, repeated or out of order shows as a wrong byte.
@@ -162,8 +165,7 @@ impl Driver {
             }
             match end.steps.front() {
                 Some(Step::Send { .. }) if end.is_full => flags |= PollFlags::OUT,
-                Some(Step::Pause(_)) => until = until.min(end.pause_ends.unwrap_or(now)),
-                Some(Step::Reset { .. }) => until = until.min(now + Duration::from_millis(1)),
+                Some(Step::Pause(_) | Step::Reset { .. }) => until = until.min(end.pause_ends.unwrap_or(now)),
                 _ => {}
             }
             if !flags.is_empty() {
@@ -310,14 +312,11 @@ impl End {
                     true
                 }
                 Step::Reset { taken } => {
-                    let is_taken = |stream: &TcpStream| {
-                        Some(send_queue(stream.local_addr().ok()?, stream.peer_addr().ok()?)? == 0)
-                    };
-                    let now = !taken || is_taken(stream).unwrap_or(true);
-                    if now {
-                        reset(self.stream.take().expect("it is there"));
+                    if taken && self.looks_again_later() {
+                        return moved;
                     }
-                    now
+                    reset(self.stream.take().expect("it is there"));
+                    true
                 }
             };
             if !done {
@@ -328,6 +327,16 @@ impl End {
             moved = true;
         }
         moved
+    }
+
+    /// Is something that was sent still on its way? Asked again only after a while: the answer is in a long table.
+    fn looks_again_later(&mut self) -> bool {
+        if self.pause_ends.is_some_and(|end| end > Instant::now()) {
+            return true;
+        }
+        self.pause_ends = Some(Instant::now() + LOOK_AGAIN);
+        let ends = self.stream.as_ref().and_then(|stream| Some((stream.local_addr().ok()?, stream.peer_addr().ok()?)));
+        ends.and_then(|(local, peer)| send_queue(local, peer)).is_some_and(|bytes| bytes > 0)
     }
 
     /// The first error is the one that counts; nothing more is said after it.
