@@ -20,7 +20,11 @@ const OPEN: usize = 8;
 
 fn snapshot(balance: &str, upstreams: usize) -> Snapshot {
     let addresses: Vec<String> = (1..=upstreams).map(|port| format!("\"192.0.2.1:{port}\"")).collect();
-    let text = format!("[pools.test]\nbalance = \"{balance}\"\nupstreams = [{}]\n", addresses.join(", "));
+    let text = format!(
+        "[listeners.test]\nbind = \":80\"\npool = \"test\"\n\
+         [pools.test]\nbalance = \"{balance}\"\nupstreams = [{}]\n",
+        addresses.join(", ")
+    );
     let config = config::parse("bench.toml", &text).expect("a good configuration").config;
     build(&Snapshot::default(), &config, &mut Inputs::default(), None, Instant::now())
 }

@@ -1,6 +1,8 @@
 //! Every byte, in every order of events: sizes, bursts and gaps, half-closes, resets and slow sides, several connections
 //! at a time, however the balancer carries them, and with descriptors and pipes running out beneath it.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -10,7 +12,7 @@ use crate::exchange::{Exchange, Pace, Script, Step, play, play_opened};
 use crate::hostile::{all_accounted, raise_descriptor_limit};
 use crate::support::user::User;
 use crate::support::{Balancer, skip};
-use crate::traffic::Lane;
+use crate::traffic::{Lane, flood};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
@@ -174,7 +176,7 @@ fn hundreds_of_random_exchanges_arrive_whole() {
         }
     };
     let exchanges: Vec<Exchange> = seeds.into_iter().map(draw).collect();
-    let lane = Lane::with("", "");
+    let lane = Lane::new();
     play(&lane, &exchanges, 8);
     assert_accounted(&lane.balancer, &exchanges);
 }
@@ -271,7 +273,65 @@ fn a_burst_cut_off_in_the_middle_never_looks_complete() {
     }
     let lane = Lane::new();
     play(&lane, &exchanges, 6);
-    assert_accounted(&lane.balancer, &exchanges);
+    // Nothing that was under way then comes out on another connection.
+    let later: Vec<Exchange> = (300..308).map(crossing).collect();
+    play(&lane, &later, 4);
+    assert_accounted(&lane.balancer, &[exchanges, later].concat());
+}
+
+/// Processor time of a process and of all its threads so far.
+fn processor_time(balancer: &Balancer) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", balancer.id())).expect("the process is there");
+    let of_task = |task: std::io::Result<std::fs::DirEntry>| {
+        let schedule = std::fs::read_to_string(task.expect("a thread").path().join("schedstat")).unwrap_or_default();
+        schedule.split(' ').next().and_then(|nanoseconds| nanoseconds.parse().ok()).unwrap_or(0)
+    };
+    Duration::from_nanos(tasks.map(of_task).sum())
+}
+
+/// Pipes that a process has open, by their ends.
+fn pipe_ends(balancer: &Balancer) -> usize {
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", balancer.id())).expect("the process is there");
+    let is_pipe = |path: std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("pipe:"))
+    };
+    descriptors.filter(|descriptor| is_pipe(descriptor.as_ref().expect("a descriptor").path())).count()
+}
+
+/// Sends so much and reads it at the other end.
+fn burst(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
+    std::thread::scope(|scope| {
+        scope.spawn(move || from.write_all(&vec![b'b'; bytes]).expect("a burst is taken"));
+        to.read_exact(&mut vec![0; bytes]).expect("a burst arrives");
+    });
+}
+
+#[test]
+fn what_is_quiet_after_a_burst_costs_no_processor_time_and_no_pipe() {
+    const CONNECTIONS: usize = 24;
+    let lane = Lane::new();
+    let pipes_before = pipe_ends(&lane.balancer);
+    let connections: Vec<_> = (0..CONNECTIONS).map(|_| lane.open()).collect();
+    for (client, server) in &connections {
+        burst(client, server, 4 * MIB);
+        burst(server, client, 4 * MIB);
+    }
+    // One after the other had a burst, so they never needed more than a few; kept ones would be four a connection.
+    let pipes = pipe_ends(&lane.balancer).saturating_sub(pipes_before);
+    assert!(pipes <= CONNECTIONS, "{pipes} ends of pipes for {CONNECTIONS} quiet connections");
+    // Quiet in every way there is: full up, full both ways, finished on one side, finished and full.
+    flood(&connections[1].0);
+    flood(&connections[2].0);
+    flood(&connections[2].1);
+    connections[3].0.shutdown(Shutdown::Write).unwrap();
+    connections[4].1.shutdown(Shutdown::Write).unwrap();
+    connections[5].0.shutdown(Shutdown::Write).unwrap();
+    flood(&connections[5].1);
+    let before = processor_time(&lane.balancer);
+    // SLEEP: what is spent while nothing happens is what is measured.
+    std::thread::sleep(Duration::from_millis(500));
+    let spent = processor_time(&lane.balancer) - before;
+    assert!(spent < Duration::from_millis(30), "{spent:?} while nothing happened");
 }
 
 /// Sets how many descriptors a process may have from now on; what it has, it keeps.
@@ -286,7 +346,7 @@ fn limit_descriptors(balancer: &Balancer, current: u64) {
 fn bursts_arrive_whole_while_no_descriptor_is_left() {
     const ENOUGH: u64 = 512;
     let exchanges: Vec<Exchange> = (100..112).map(crossing).collect();
-    let lane = Lane::with("", "");
+    let lane = Lane::new();
     limit_descriptors(&lane.balancer, ENOUGH);
     // None from the first byte on.
     play_opened(&lane, &exchanges, |balancer| limit_descriptors(balancer, 1));
