@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use preface::net::stream::unacknowledged;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::support::{Balancer, DEADLINE};
-use crate::traffic::{Lane, accept, noise, reset, send_queue};
+use crate::traffic::{Lane, accept, noise, reset};
 
 /// What one end does, one after the other; it reads all the time.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +68,7 @@ pub struct Exchange {
 }
 
 /// Between looks at what the kernel has still to send.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 const BUFFER_BYTES: usize = 256 * 1024;
 
@@ -329,14 +330,13 @@ impl End {
         moved
     }
 
-    /// Is something that was sent still on its way? Asked again only after a while: the answer is in a long table.
+    /// Is something that was sent still on its way? Asked again only after a while.
     fn looks_again_later(&mut self) -> bool {
         if self.pause_ends.is_some_and(|end| end > Instant::now()) {
             return true;
         }
         self.pause_ends = Some(Instant::now() + LOOK_AGAIN);
-        let ends = self.stream.as_ref().and_then(|stream| Some((stream.local_addr().ok()?, stream.peer_addr().ok()?)));
-        ends.and_then(|(local, peer)| send_queue(local, peer)).is_some_and(|bytes| bytes > 0)
+        self.stream.as_ref().and_then(unacknowledged).is_some_and(|bytes| bytes > 0)
     }
 
     /// The first error is the one that counts; nothing more is said after it.
