@@ -226,15 +226,7 @@ impl Stream {
 
     /// Bytes written that the peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
     pub fn unacknowledged(&self) -> Option<usize> {
-        let mut count = MaybeUninit::<libc::c_int>::zeroed();
-        // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int to the pointer, which is valid and initialised to zero.
-        let count = unsafe {
-            if libc::ioctl(self.fd.get_ref().as_raw_fd(), libc::TIOCOUTQ, count.as_mut_ptr()) != 0 {
-                return None;
-            }
-            count.assume_init()
-        };
-        usize::try_from(count).ok()
+        unacknowledged(self.fd.get_ref())
     }
 
     /// Closes with RST as soon as it is dropped: the peer must not take what it got for the whole.
@@ -247,4 +239,17 @@ impl Stream {
 /// Closes an accepted socket with RST before it ever became a `Stream`.
 pub fn reset(fd: OwnedFd) {
     let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
+}
+
+/// Bytes written to a TCP socket that its peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
+pub fn unacknowledged(socket: &impl AsFd) -> Option<usize> {
+    let mut count = MaybeUninit::<libc::c_int>::zeroed();
+    // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int to the pointer, which is valid and initialised to zero.
+    let count = unsafe {
+        if libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, count.as_mut_ptr()) != 0 {
+            return None;
+        }
+        count.assume_init()
+    };
+    usize::try_from(count).ok()
 }

@@ -10,13 +10,14 @@ pub mod peers;
 pub mod ports;
 mod process;
 pub mod receiver;
+pub mod user;
 
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use balancer::{Balancer, preface, preface_in};
+pub use balancer::{Balancer, preface, preface_as, preface_in};
 pub use process::{Output, Process};
 pub use receiver::{Arrival, Receiver};
 
