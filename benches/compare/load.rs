@@ -77,7 +77,10 @@ impl Generator {
             wire::send(&socket, &request.encode())?;
             let mut answer = [0; REQUEST_BYTES];
             let mut stream = std::net::TcpStream::from(socket);
-            io::Read::read_exact(&mut stream, &mut answer)?;
+            io::Read::read_exact(&mut stream, &mut answer).map_err(|error| match error.kind() {
+                io::ErrorKind::WouldBlock => io::Error::other(format!("no answer for {} s", STALL_MAX.as_secs())),
+                _ => error,
+            })?;
             if answer != request.encode() {
                 return Err(io::Error::other("the request did not come back as it was"));
             }

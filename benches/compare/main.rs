@@ -112,6 +112,7 @@ pub fn compare(options: &Options, words: &[String]) -> anyhow::Result<Vec<String
     let rows = options.chosen()?;
     let (amounts, repetitions) = options.amounts();
     let directory = tempfile::Builder::new().prefix("preface-compare-").tempdir()?;
+    peers::remove_with_signals(directory.path());
     let setup = Setup {
         preface: fs::canonicalize(&options.preface).with_context(|| options.preface.display().to_string())?,
         envoy: options.envoy.clone(),
@@ -183,8 +184,7 @@ fn end_with_signals() -> anyhow::Result<()> {
                 _ = terminate.recv() => {}
                 _ = hangup.recv() => {}
             }
-            peers::kill_all();
-            std::process::exit(130);
+            peers::clean_up();
         });
     });
     Ok(())

@@ -114,11 +114,25 @@ pub struct Setup {
 /// Process groups that must not survive us.
 static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
-/// Kills everything that was started; for signals.
-pub fn kill_all() {
-    for group in GROUPS.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+/// Where they have their files.
+static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// This directory goes, too, when a signal ends us.
+pub fn remove_with_signals(directory: &Path) {
+    DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner).push(directory.to_owned());
+}
+
+/// Kills everything that was started, and removes its files; for signals.
+pub fn clean_up() -> ! {
+    // Kept locked: nothing more is started while the process ends.
+    let groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
+    for &group in groups.iter() {
         let _ = kill_process_group(group, Signal::KILL);
     }
+    for directory in DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        let _ = fs::remove_dir_all(directory);
+    }
+    std::process::exit(130);
 }
 
 /// A candidate that runs. Dropped, it is killed with all its processes.
@@ -142,8 +156,8 @@ impl Running {
         }
         let command = running.command().map_err(|error| format!("{}: {error}", setup.directory.display()))?;
         let program = command.get_program().to_owned();
-        let child = spawn(command, &setup.cpus).map_err(|error| format!("{}: {error}", program.display()))?;
         let mut groups = GROUPS.lock().unwrap_or_else(PoisonError::into_inner);
+        let child = spawn(command, &setup.cpus).map_err(|error| format!("{}: {error}", program.display()))?;
         groups.extend(Pid::from_raw(child.id() as i32));
         running.child = Some(child);
         Ok(running)
