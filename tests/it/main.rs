@@ -8,6 +8,7 @@ mod support;
 mod admin_orders;
 mod cli;
 mod codec;
+mod compare;
 mod config;
 mod exchange;
 mod hostile;
