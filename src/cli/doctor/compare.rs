@@ -207,15 +207,16 @@ impl Written<'_> {
             Place::Upstream if is_of_whole_pool => pool,
             Place::Upstream => None,
         };
-        if let Some((key, _)) = table.and_then(|table| table.get_key_value(problem.key)) {
-            let (place, now) = self.line(key.span().start);
-            return Change { what, place, now: Some(now), then: Some(then) };
+        if let Some((key, value)) = table.and_then(|table| table.get_key_value(problem.key)) {
+            let (from, to) = (key.span().start, value.span().end);
+            let now = self.text.get(from..to).map(str::to_owned);
+            return Change { what, place: self.line(from), now, then: Some(then) };
         }
         let (place, then) = match (problem.place, upstream.filter(|_| !is_of_whole_pool)) {
             (Place::HealthCheck, _) => (format!("[pools.{}.health_check]", target.pool), then),
             (Place::Upstream, None) => (format!("[pools.{}]", target.pool), then),
             (Place::Upstream, Some(upstream)) => {
-                let (place, _) = self.line(upstream.span().start);
+                let place = self.line(upstream.span().start);
                 match upstream.get_ref().as_str() {
                     Some(address) => {
                         (format!("{place}, for {address:?}"), format!("{{ address = {address:?}, {then} }}"))
@@ -227,10 +228,8 @@ impl Written<'_> {
         Change { what, place, now: None, then: Some(then) }
     }
 
-    /// `FILE:LINE`, and what stands there.
-    fn line(&self, at: usize) -> (String, String) {
-        let number = 1 + self.text[..at].matches('\n').count();
-        let line = self.text.lines().nth(number - 1).unwrap_or_default();
-        (format!("{}:{number}", self.file), line.trim().to_owned())
+    /// `FILE:LINE`
+    fn line(&self, at: usize) -> String {
+        format!("{}:{}", self.file, 1 + self.text[..at].matches('\n').count())
     }
 }

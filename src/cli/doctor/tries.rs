@@ -124,9 +124,10 @@ impl Question {
         match self {
             Question::Http { path, host } => {
                 let host = host.clone().unwrap_or_else(|| to.to_string());
-                let agent = concat!("preface/", env!("CARGO_PKG_VERSION"));
-                format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {agent}\r\nConnection: close\r\n\r\n")
-                    .into()
+                format!(
+                    "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: preface-doctor\r\nConnection: close\r\n\r\n"
+                )
+                .into()
             }
             Question::Tls => client_hello(),
             Question::Given { send, .. } => send.clone(),
