@@ -13,6 +13,7 @@ mod doctor;
 mod hostile;
 mod load;
 mod measured;
+mod monitoring;
 mod netns;
 mod pools;
 mod readme;
