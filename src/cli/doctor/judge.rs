@@ -212,9 +212,14 @@ pub fn talk(exchanges: &[Exchange], question: &Question) -> Talk {
     if exchanges.iter().any(is_asked) { Talk::ClientFirst } else { Talk::Unknown }
 }
 
-/// The other question, where an answer says that the guessed one was wrong: HTTP asked of a TLS port, or the reverse.
-pub fn better_question(exchange: &Exchange, question: &Question) -> Option<Question> {
-    let answer = exchange.answer();
+/// The other question, where the answers say that the guessed one was wrong: HTTP asked of a TLS port, or the reverse.
+pub fn better_question(exchanges: &[Exchange], question: &Question) -> Option<Question> {
+    let outcomes: Vec<Outcome> = exchanges.iter().map(|exchange| outcome(exchange, question, None)).collect();
+    if outcomes.iter().any(Outcome::is_answered) {
+        return None;
+    }
+    let ended = |outcome: &Outcome| matches!(outcome, Outcome::Closed | Outcome::Reset);
+    let answer = exchanges.last()?.answer();
     let is_http = answer.starts_with(b"HTTP/");
     match question {
         Question::Http { .. } if answer.starts_with(b"\x15\x03") => Some(Question::Tls),
@@ -222,9 +227,9 @@ pub fn better_question(exchange: &Exchange, question: &Question) -> Option<Quest
             let says_tls = contains(&answer, b"HTTPS") || contains(&answer, b"SSL-enabled");
             says_tls.then_some(Question::Tls)
         }
-        Question::Tls if is_http && exchange.attempt == Try::Bare => {
-            Some(Question::Http { path: "/".to_owned(), host: None })
-        }
+        // Many a TLS server just closes when it reads a request.
+        Question::Http { .. } if outcomes.len() == Try::DECIDING && outcomes.iter().all(ended) => Some(Question::Tls),
+        Question::Tls if is_http => Some(Question::Http { path: "/".to_owned(), host: None }),
         _ => None,
     }
 }

@@ -18,20 +18,22 @@ use tokio::task::JoinSet;
 
 use self::compare::{Finding, Target, targets};
 use self::exchange::{Subject, exchange};
-use self::judge::{Diagnosis, Outcome, better_question, talk};
+use self::judge::{Diagnosis, Expectation, Outcome, better_question, talk};
 use self::tries::{Question, Try, usual_tlvs};
 use crate::config::{self, Style};
 
 /// Upstreams that are examined at a time; one address at a time gets one connection.
 const ADDRESSES_AT_ONCE: usize = 16;
-/// Beyond the tries themselves: the first ones again, with a better question.
-const CONNECTIONS_MAX: usize = Try::ALL.len() + 2;
+/// Of a name with many, this many are tried until one can be reached.
+const ADDRESSES_OF_A_NAME_MAX: usize = 4;
+/// Beyond the tries themselves: the deciding ones once more, with a better question.
+const CONNECTIONS_MAX: usize = Try::ALL.len() + Try::DECIDING;
 
 /// Find out which PROXY header an upstream expects, and the TOML line to use
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Makes at most 8 connections, one after the other: without a header, with v2, v1, v2 LOCAL, v2 with
-TLVs, v1 UNKNOWN. The headers name the connection's own addresses. A server that speaks first (SMTP,
+Makes 6 connections, one after the other: without a header, with v2, v1, v2 LOCAL, v2 with TLVs,
+v1 UNKNOWN; up to 3 of them again if it guessed the wrong question. The headers name the connection's own addresses. A server that speaks first (SMTP,
 IMAP, MySQL ...) is recognised and asked nothing; others get an HTTP request, or on the usual ports
 a TLS ClientHello. An upstream that doesn't expect a header may log some of these as errors.
 
@@ -92,10 +94,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 async fn one_upstream(args: &Args) -> anyhow::Result<()> {
     let name = args.address.as_deref().unwrap_or_default();
-    let to = resolve(name)?;
-    let (question, guessed) = question(args, to);
-    let subject = Subject { to, source: args.source, timeout: args.timeout, tlvs: usual_tlvs() };
-    let diagnosis = examine(&subject, question, guessed).await;
+    let mut addresses = resolve(name)?.into_iter();
+    let (to, diagnosis) = loop {
+        let to = addresses.next().ok_or_else(|| anyhow!("{name:?} has no address"))?;
+        let (question, guessed) = question(args, to);
+        let subject = Subject { to, source: args.source, timeout: args.timeout, tlvs: usual_tlvs() };
+        let diagnosis = examine(&subject, question, guessed).await;
+        // As a client would: the next address of the name, while there is one.
+        let is_reached = !matches!(diagnosis.expects, Expectation::Unreachable(_));
+        if is_reached || addresses.len() == 0 {
+            break (to, diagnosis);
+        }
+    };
     let text = match args.json {
         true => format!("{:#}\n", report::diagnosis_json(to, &diagnosis)),
         false => report::diagnosis_text(to, &diagnosis),
@@ -121,15 +131,16 @@ fn question(args: &Args, to: SocketAddr) -> (Question, bool) {
     }
 }
 
-fn resolve(name: &str) -> anyhow::Result<SocketAddr> {
+/// The addresses of a name, in its resolver's order.
+fn resolve(name: &str) -> anyhow::Result<Vec<SocketAddr>> {
     if let Ok(address) = name.parse() {
-        return Ok(address);
+        return Ok(vec![address]);
     }
     if name.parse::<IpAddr>().is_ok() || !name.contains(':') {
         bail!("{name:?} has no port: write 10.0.0.30:8080 or [2001:db8::30]:8080");
     }
-    let mut found = name.to_socket_addrs().with_context(|| format!("cannot resolve {name:?}"))?;
-    found.next().ok_or_else(|| anyhow!("{name:?} has no address"))
+    let found = name.to_socket_addrs().with_context(|| format!("cannot resolve {name:?}"))?;
+    Ok(found.take(ADDRESSES_OF_A_NAME_MAX).collect())
 }
 
 /// All connections to one upstream, one after the other. A question that was `guessed` may be exchanged for a better
@@ -141,15 +152,15 @@ async fn examine(subject: &Subject, mut question: Question, mut guessed: bool) -
     while let Some(attempt) = tries.next() {
         let result = exchange(subject, *attempt, &question, talk(&exchanges, &question)).await;
         made += 1;
-        assert!(made <= CONNECTIONS_MAX, "each try is made once, and the first two may be repeated");
-        let better = better_question(&result, &question).filter(|_| guessed && exchanges.len() < 2);
-        if let Some(better) = better {
+        assert!(made <= CONNECTIONS_MAX, "each try is made once, and the deciding ones may be repeated");
+        exchanges.push(result);
+        let is_early = guessed && exchanges.len() <= Try::DECIDING;
+        if let Some(better) = better_question(&exchanges, &question).filter(|_| is_early) {
             (question, guessed) = (better, false);
             exchanges.clear();
             tries = Try::ALL.iter();
             continue;
         }
-        exchanges.push(result);
         let diagnosis = Diagnosis::new(question.clone(), exchanges.clone());
         let hopeless = |outcome: &Outcome| matches!(outcome, Outcome::Silent | Outcome::NotConnected(_));
         let all_hopeless = diagnosis.outcomes.iter().all(|(_, outcome)| hopeless(outcome));

@@ -170,3 +170,21 @@ pub fn nginx_tls() -> Peer {
     let ports = [place.headers, place.plain];
     place.start(&mut command, &ports)
 }
+
+/// The same by HAProxy, which has a certificate and shows it.
+#[track_caller]
+pub fn haproxy_tls() -> Peer {
+    let place = Place::new();
+    place.write("haproxy-tls.cfg", "haproxy.cfg", "");
+    let mut certificate = Command::new(program("openssl"));
+    certificate.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]);
+    certificate.args(["-subj", "/CN=test", "-keyout", "server.pem", "-out", "certificate.pem"]);
+    let (status, output) = Process::run(certificate.current_dir(place.path()));
+    assert!(status.success(), "{output}");
+    let read = |file: &str| std::fs::read(place.path().join(file)).expect("openssl has written it");
+    let both = [read("server.pem"), read("certificate.pem")].concat();
+    std::fs::write(place.path().join("server.pem"), both).expect("the certificate is written");
+    let file = place.path().join("haproxy.cfg");
+    let ports = [place.headers, place.plain];
+    place.start(Command::new(program("haproxy")).arg("-db").arg("-f").arg(file), &ports)
+}
