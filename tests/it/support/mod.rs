@@ -5,6 +5,7 @@ pub mod client;
 #[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
 pub mod configmap;
 pub mod http;
+pub mod more_peers;
 pub mod netns;
 pub mod peers;
 pub mod ports;
