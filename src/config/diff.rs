@@ -182,6 +182,7 @@ fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
     lines.plain("unhealthy_after_failed_connects", a, b);
     lines.duration("drain_timeout", old.drain_timeout, new.drain_timeout);
     lines.plain("on_unhealthy", &old.on_unhealthy, &new.on_unhealthy);
+    lines.plain("fast_open", &old.fast_open, &new.fast_open);
     lines.plain("when_none_healthy", &old.when_none_healthy, &new.when_none_healthy);
     match (&old.health_check, &new.health_check) {
         (None, None) => {}

@@ -175,6 +175,8 @@ pub struct Pool {
     pub on_unhealthy: OnUnhealthy,
     /// What a new connection gets when no upstream is healthy.
     pub when_none_healthy: WhenNoneHealthy,
+    /// TCP Fast Open towards the upstreams.
+    pub fast_open: bool,
     /// `None`: not checked.
     pub health_check: Option<HealthCheck>,
     /// TLVs of the pool; a listener's and an upstream's override them key by key.

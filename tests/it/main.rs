@@ -12,6 +12,7 @@ mod compare;
 mod config;
 mod doctor;
 mod exchange;
+mod fast_open;
 mod hostile;
 mod integrity;
 mod load;
