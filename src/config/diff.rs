@@ -221,6 +221,9 @@ fn changed_health_check(lines: &mut Lines, old: &HealthCheck, new: &HealthCheck)
         Probe::Tcp { send, expect } => {
             format!("tcp (send \"{}\", expect \"{}\")", send.escape_ascii(), expect.escape_ascii())
         }
+        Probe::Udp { send, expect } => {
+            format!("udp (send \"{}\", expect \"{}\")", send.escape_ascii(), expect.escape_ascii())
+        }
         Probe::Http { path, host, expect_status } => {
             let ranges = expect_status.iter().map(|(low, high)| match low == high {
                 true => low.to_string(),

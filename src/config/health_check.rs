@@ -30,6 +30,8 @@ pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthC
         proxy_command: match section.word("proxy_command") {
             "proxy" => CheckCommand::Proxy,
             "unknown" => CheckCommand::Unknown,
+            // Receivers of datagrams know PROXY; Knot refuses LOCAL.
+            "" if section.text_is("protocol", "udp") => CheckCommand::Proxy,
             _ => CheckCommand::Local,
         },
     };
@@ -42,31 +44,39 @@ pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthC
         section.note(diagnostic.help("checks of one upstream do not overlap: a slow one delays the next"));
     }
     check_command(&section, &check, upstreams);
+    check_datagram_header(&section, &check, upstreams);
     Some(check)
 }
 
 fn probe(section: &Section<'_>) -> Probe {
-    let http = section.word("protocol") == "http";
+    let protocol = section.word("protocol");
     let (own, other): (&[&str], &[&str]) = (&["send", "expect"], &["path", "host", "expect_status"]);
     // A protocol that could not be read says nothing about which keys belong to it.
-    let known = section.written("protocol").is_none() || http || section.text_is("protocol", "tcp");
-    for key in if http { own } else { other } {
+    let known = !section.word_is_wrong("protocol");
+    for key in if protocol == "http" { own } else { other } {
         if let (Some(span), true) = (section.written(key), known) {
-            let (is, belongs) = if http { ("http", "tcp") } else { ("tcp", "http") };
-            let diagnostic = Diagnostic::error(&span, format!("{key:?} is for {belongs} checks, and this one is {is}"));
-            section.note(match http {
-                true => diagnostic.help("a check with protocol = \"http\" has path, host and expect_status"),
-                false => diagnostic.help("write protocol = \"http\", or use send and expect"),
-            });
+            let belongs = if protocol == "http" { "tcp and udp" } else { "http" };
+            let message = format!("{key:?} is for {belongs} checks, and this one is {protocol}");
+            section.note(Diagnostic::error(&span, message).help(match protocol {
+                "http" => "a check with protocol = \"http\" has path, host and expect_status",
+                _ => "write protocol = \"http\", or use send and expect",
+            }));
         }
     }
     let path = target(section, "path").unwrap_or_else(|| "/".to_owned());
     let host = target(section, "host");
     let expect_status = statuses(section);
     let (send, expect) = (payload(section, "send"), payload(section, "expect"));
-    match http {
-        true => Probe::Http { path, host, expect_status },
-        false => Probe::Tcp { send, expect },
+    match protocol {
+        "http" => Probe::Http { path, host, expect_status },
+        "udp" => {
+            if let (Some(span), None) = (section.written("expect"), section.written("send")) {
+                let diagnostic = Diagnostic::warning(&span, "this check expects an answer to an empty datagram");
+                section.note(diagnostic.help("few servers answer one: write a question into \"send\""));
+            }
+            Probe::Udp { send, expect }
+        }
+        _ => Probe::Tcp { send, expect },
     }
 }
 
@@ -166,4 +176,20 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
             Diagnostic::warning(&span, "\"proxy_command\" has no effect: these checks send no header").if_whole(),
         );
     }
+}
+
+/// v1 has no form for datagrams.
+fn check_datagram_header(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
+    let v1 = Some(Version::V1);
+    let message = match check.proxy_protocol {
+        _ if !matches!(check.probe, Probe::Udp { .. }) => return,
+        CheckHeader::Version(Version::V1) => "v1 has no form for UDP, and this check is udp",
+        CheckHeader::Same if upstreams.iter().any(|upstream| upstream.proxy_protocol == v1) => {
+            "this check is udp and sends the traffic's header, v1, which has no form for UDP"
+        }
+        _ => return,
+    };
+    let key = if section.written("proxy_protocol").is_some() { "proxy_protocol" } else { "protocol" };
+    let diagnostic = Diagnostic::error(&section.span_of(key), message);
+    section.note(diagnostic.help("write proxy_protocol = \"v2\" or \"off\" in this table"));
 }

@@ -465,9 +465,9 @@ static HEALTH_CHECK: Table = Table {
     keys: &[
         key(
             "protocol",
-            Kind::Word { now: &["tcp", "http"], later: &["udp", "https", "tls"] },
+            Kind::Word { now: &["tcp", "http", "udp"], later: &["https", "tls"] },
             Default::Text("tcp"),
-            "tcp: connect, then send and expect where they are set. http: GET, and look at the status.",
+            "tcp: connect, then send and expect where they are set. http: GET, and look at the status. udp: send, then expect; without expect only a refusal (ICMP) fails.",
         ),
         key(
             "interval",
@@ -507,8 +507,8 @@ static HEALTH_CHECK: Table = Table {
             Default::Text("200-399"),
             "http: the status codes that pass.",
         ),
-        key("send", Kind::Text("a string"), Default::None, "tcp: what is sent after connecting."),
-        key("expect", Kind::Text("a string"), Default::None, "tcp: what the answer must contain."),
+        key("send", Kind::Text("a string"), Default::None, "tcp: what is sent after connecting; udp: the datagram."),
+        key("expect", Kind::Text("a string"), Default::None, "tcp, udp: what the answer must contain."),
         key(
             "proxy_protocol",
             Kind::Word { now: &["same", "off", "v1", "v2"], later: &[] },
@@ -518,8 +518,8 @@ static HEALTH_CHECK: Table = Table {
         key(
             "proxy_command",
             Kind::Word { now: &["local", "proxy", "unknown"], later: &[] },
-            Default::Text("local"),
-            "v2: LOCAL, or PROXY with the check's own addresses, which v1 always gives; unknown: v1 PROXY UNKNOWN.",
+            Default::None,
+            "v2: LOCAL (the default of tcp and http), or PROXY with the check's own addresses (the default of udp), which v1 always gives; unknown: v1 PROXY UNKNOWN.",
         ),
     ],
 };

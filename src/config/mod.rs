@@ -295,6 +295,13 @@ pub enum Probe {
         /// A substring of the answer; empty: the connect alone decides.
         expect: Vec<u8>,
     },
+    /// Send a datagram; then expect an answer, or, without one, that it is not refused.
+    Udp {
+        /// Bytes to send; empty: an empty datagram, or the header alone.
+        send: Vec<u8>,
+        /// A substring of the answer; empty: silence passes.
+        expect: Vec<u8>,
+    },
     /// `GET path`.
     Http {
         /// Request target.
