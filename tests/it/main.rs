@@ -21,3 +21,4 @@ mod requested;
 mod stopping;
 mod tidy;
 mod traffic;
+mod udp;
