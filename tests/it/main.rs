@@ -23,3 +23,4 @@ mod tidy;
 mod traffic;
 mod udp;
 mod udp_load;
+mod udp_netns;
