@@ -153,7 +153,7 @@ mod tests {
         fn a_run_is_what_the_kernel_takes(lengths in proptest::collection::vec(0_usize..3000, 1..200), header in 0_usize..232) {
             let count = run(lengths.iter().copied(), header, 1472);
             let run: Vec<usize> = lengths[..count].iter().map(|length| length + header).collect();
-            prop_assert!(count >= 1 && count <= SEGMENTS_MAX);
+            prop_assert!((1..=SEGMENTS_MAX).contains(&count));
             if count > 1 {
                 prop_assert!(run[0] <= 1472 && run.iter().sum::<usize>() <= RUN_BYTES_MAX);
                 prop_assert!(run[..count - 1].iter().all(|length| *length == run[0]));
