@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+
 use crate::support::datagrams::{DatagramServer, ask, client, client_at, echo, receive};
 use crate::support::{Balancer, eventually, preface};
 
@@ -262,4 +264,31 @@ fn bursts_of_one_client_come_whole_and_in_order_both_ways() {
         }
     }
     assert_eq!(lb.metric("preface_datagrams_dropped_total", &[]), 0.0);
+}
+
+#[test]
+fn without_a_descriptor_new_clients_are_dropped_and_the_others_served() {
+    let server = DatagramServer::start(echo);
+    let lb = balancer(&[server.address], "");
+    let local = lb.ipv4("dns");
+    let served: Vec<UdpSocket> = (0..10).map(|_| client()).collect();
+    served.iter().for_each(|client| drop(ask(client, local, b"before")));
+    let set = |current: u64| {
+        let id = Pid::from_raw(lb.id() as i32);
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let before = prlimit(id, Resource::Nofile, Rlimit { current: Some(current), maximum });
+        before.expect("a child's limit may be lowered and raised").current.expect("a limit")
+    };
+    let open = std::fs::read_dir(format!("/proc/{}/fd", lb.id())).expect("its descriptors").count() as u64;
+    let before = set(open);
+    let others: Vec<UdpSocket> = (0..10).map(|_| client()).collect();
+    for other in &others {
+        other.send_to(b"one more", local).expect("a datagram is sent");
+    }
+    lb.log().wait_for("the shortage", |line| line.contains("reason=local_resources"));
+    served.iter().for_each(|client| drop(ask(client, local, b"after")));
+    set(before);
+    assert_eq!(ask(&client(), local, b"again").0, b"again");
+    assert!(lb.metric("preface_datagrams_dropped_total", &[("reason", "local_resources")]) > 0.0);
+    assert_eq!(lb.metric("preface_upstream_connect_failures_total", &[]), 0.0);
 }
