@@ -297,6 +297,7 @@ fn is_about(seen: &Seen, client: SocketAddr) -> bool {
         First::Header { header, .. } => {
             matches!(header.addresses, Addresses::Inet { source, .. } if source == client)
         }
+        First::Spp { spp, .. } => spp.client == client,
         First::Nothing(_) | First::Wrong { .. } => false,
     }
 }
