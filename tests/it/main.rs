@@ -9,6 +9,7 @@ mod admin_orders;
 mod cli;
 mod codec;
 mod config;
+mod dns;
 mod hostile;
 mod load;
 mod measured;
