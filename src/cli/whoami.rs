@@ -166,7 +166,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let listener = TcpListener::bind(args.listen).await.with_context(cannot)?;
         let listen = listener.local_addr().with_context(cannot)?;
         let socket = UdpSocket::bind(listen).await.with_context(cannot)?;
-        say(&format!("answering on {listen}, TCP and UDP; try: curl --haproxy-protocol http://{listen}/"));
+        say(&format!(
+            "answering on {listen}, TCP and UDP; try: curl --haproxy-protocol http://{listen}/ or nc -u {} {}",
+            listen.ip(),
+            listen.port()
+        ));
         tokio::select! {
             never = serve(listener, print) => match never {},
             never = serve_udp(socket, print) => match never {},
