@@ -12,15 +12,16 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::time::{Instant, sleep, timeout};
+use ulid::Ulid;
 
-use crate::config::LogConnections;
+use crate::config::{HeaderFormat, LogConnections};
 use crate::control;
 use crate::drain::{OpenConnection, OpenConnections};
 use crate::log::{self, ConnectionLine};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
-use crate::proxy_protocol::Version;
+use crate::proxy_protocol::Transport;
 use crate::relay::{self, Early, Observer, Scratch};
 use crate::snapshot::{Listener, ListenerLife, Snapshot};
 use crate::termination::Termination;
@@ -39,7 +40,8 @@ pub struct Shared {
     registry: RefCell<Registry>,
     sources: Cell<usize>,
     control: control::Handle,
-    log: log::Sender,
+    /// Lines to standard output.
+    pub log: log::Sender,
     /// Open connections of the process.
     pub open: Arc<OpenConnections>,
 }
@@ -239,7 +241,7 @@ impl Record {
             shared: Rc::clone(shared),
             entry,
             index,
-            id: connection_id(),
+            id: new_id().to_string(),
             client,
             local: None,
             pool: None,
@@ -314,10 +316,10 @@ impl Drop for Record {
     }
 }
 
-/// A ULID: 26 ASCII characters that sort by time.
-fn connection_id() -> String {
+/// An id that sorts by time; as text 26 ASCII characters.
+pub fn new_id() -> Ulid {
     let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    ulid::Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..)).to_string()
+    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..))
 }
 
 /// Serves one admitted connection to its end.
@@ -453,9 +455,9 @@ async fn attempt(
     }
     life.connect_succeeded();
     record.connect = Some(connect_time);
-    record.header = Some(plan.version.map_or("off", Version::as_str));
-    if let Some(version) = plan.version {
-        record.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
+    record.header = Some(plan.format.map_or("off", HeaderFormat::as_str));
+    if let Some(format) = plan.format {
+        record.entry.listener.headers[format as usize].fetch_add(1, Ordering::Relaxed);
     }
     Ok(upstream)
 }
@@ -502,7 +504,8 @@ async fn connect(
     Err(termination)
 }
 
-fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
+/// Counts it against the upstream, and tells the control thread when there were too many in a row.
+pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
     let in_a_row = life.connect_failed();
     let limit = pool.config.unhealthy_after_failed_connects;
     // At every multiple, not once: a report that found the queue full is repeated soon.
@@ -512,7 +515,7 @@ fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
     if sources.is_empty() {
         return None;
     }
@@ -535,7 +538,7 @@ async fn introduce(
     poll_fn(|cx| {
         let bytes = &mut *shared.header.borrow_mut();
         bytes.clear();
-        plan.encode(record.client, local, &record.id, bytes).map_err(io::Error::other)?;
+        plan.encode(record.client, local, Transport::Stream, &record.id, bytes).map_err(io::Error::other)?;
         let header = bytes.len();
         if early.pending.is_empty() && !early.client_eof && !early.client_reset {
             let scratch = &mut *shared.scratch.borrow_mut();

@@ -3,7 +3,7 @@
 use super::error::Diagnostic;
 use super::file::Section;
 use super::pool::version;
-use super::{CheckCommand, CheckHeader, HealthCheck, Probe, Upstream, Version};
+use super::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe, Upstream, Version};
 
 /// Question or expected answer of a check.
 const PAYLOAD_BYTES_MAX: usize = 4_096;
@@ -164,7 +164,9 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
     }
     let sends = |version: Version| match check.proxy_protocol {
         CheckHeader::Off => false,
-        CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(version)),
+        CheckHeader::Same => {
+            upstreams.iter().any(|upstream| upstream.proxy_protocol.and_then(HeaderFormat::version) == Some(version))
+        }
         CheckHeader::Version(own) => own == version,
     };
     let (v1, v2) = (sends(Version::V1), sends(Version::V2));
@@ -180,7 +182,7 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
 
 /// v1 has no form for datagrams.
 fn check_datagram_header(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
-    let v1 = Some(Version::V1);
+    let v1 = Some(HeaderFormat::V1);
     let message = match check.proxy_protocol {
         _ if !matches!(check.probe, Probe::Udp { .. }) => return,
         CheckHeader::Version(Version::V1) => "v1 has no form for UDP, and this check is udp",

@@ -80,7 +80,7 @@ impl State {
             "admin_by": admin.map(|record| record.by.as_str()),
             "weight": upstream.candidate.weight,
             "backup": upstream.candidate.backup,
-            "header": pool.config.upstreams[upstream.entry].proxy_protocol.map_or("off", |version| version.as_str()),
+            "header": pool.config.upstreams[upstream.entry].proxy_protocol.map_or("off", |format| format.as_str()),
             "open": upstream.life.open(),
             "connections": counters.connections.load(Relaxed),
             "connect_failures": counters.connect_failures.load(Relaxed),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use preface::cli;
 use preface::config::keys::{Default, FILE, Kind, Table};
-use preface::config::{self, AdminBind, CheckCommand, CheckHeader, Config, Parsed, Probe, Style, Version};
+use preface::config::{self, AdminBind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
 
 /// Files under `tests/broken`; each has a reviewed snapshot of what `check` says.
 const BROKEN_FILES: usize = 39;
@@ -283,12 +283,14 @@ fn the_shipped_files_hold_what_their_names_promise() {
     let mut ports: Vec<u16> = elb.listeners.values().flat_map(|l| &l.binds).map(|b| b.address.port()).collect();
     ports.sort_unstable();
     assert_eq!(ports, [80, 81, 443]);
-    assert!(elb.pools["instances"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V1) && u.port.is_none()));
+    assert!(
+        elb.pools["instances"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V1) && u.port.is_none())
+    );
 
     let gcp = load("gcp-tcp-proxy");
-    assert!(gcp.pools["backends"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V1)));
+    assert!(gcp.pools["backends"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V1)));
     let nginx = load("nginx");
-    assert!(nginx.pools["nginx"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V2)));
+    assert!(nginx.pools["nginx"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V2)));
     assert_eq!(load("minimal").pools["web"].health_check, None);
 }
 
@@ -360,8 +362,8 @@ upstreams = [
     .config;
     let upstreams = &config.pools["p"].upstreams;
     let of = |at: usize| (upstreams[at].to_string(), upstreams[at].proxy_protocol, upstreams[at].max_connections);
-    assert_eq!(of(0), ("10.0.0.1".to_owned(), Some(Version::V2), 5));
-    assert_eq!(of(1), ("2001:db8::1".to_owned(), Some(Version::V1), 5));
+    assert_eq!(of(0), ("10.0.0.1".to_owned(), Some(HeaderFormat::V2), 5));
+    assert_eq!(of(1), ("2001:db8::1".to_owned(), Some(HeaderFormat::V1), 5));
     assert_eq!(of(2), ("[2001:db8::1]:443".to_owned(), None, 0));
     assert_eq!((upstreams[2].weight, upstreams[2].backup), (256, true));
 }
@@ -394,7 +396,7 @@ fn a_check_sends_the_traffics_header_on_the_traffics_port_alone() {
     assert_eq!(header("10.0.0.1:80", "port = 8080"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1", "port = 80"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1:80", "port = 8080, proxy_protocol = \"same\""), CheckHeader::Same);
-    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Version(Version::V1));
+    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Version(config::Version::V1));
 }
 
 #[test]

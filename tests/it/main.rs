@@ -22,3 +22,4 @@ mod requested;
 mod stopping;
 mod tidy;
 mod traffic;
+mod udp;
