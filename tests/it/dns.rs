@@ -21,7 +21,7 @@ const QUESTIONS: u16 = 3;
 fn every_family(server: &Server) -> String {
     let listener = |name: &str, upstream: &str| {
         format!(
-            "[listeners.{name}]\nbind = [\"127.0.0.1:0\", \"[::1]:0\"]\npool = \"{name}\"\n\
+            "[listeners.{name}]\nbind = [\"127.0.0.1:0\", \"[::1]:0\"]\nprotocol = [\"tcp\", \"udp\"]\npool = \"{name}\"\n\
              [pools.{name}]\nproxy_protocol = \"v2\"\nupstreams = [\"{upstream}:{}\"]\n",
             server.port
         )
@@ -117,13 +117,28 @@ fn unbound_names_every_client_over_tcp() {
 }
 
 #[test]
+fn unbound_names_every_client_over_udp() {
+    assert_names_every_client(&unbound(), Transport::Dgram);
+}
+
+#[test]
 fn the_powerdns_recursor_names_every_client_over_tcp() {
     assert_names_every_client(&recursor(), Transport::Stream);
 }
 
 #[test]
+fn the_powerdns_recursor_names_every_client_over_udp() {
+    assert_names_every_client(&recursor(), Transport::Dgram);
+}
+
+#[test]
 fn dnsdist_names_every_client_over_tcp() {
     assert_names_every_client(&dnsdist(), Transport::Stream);
+}
+
+#[test]
+fn dnsdist_names_every_client_over_udp() {
+    assert_names_every_client(&dnsdist(), Transport::Dgram);
 }
 
 /// Debian's `dig`; the answer as text.
@@ -143,7 +158,7 @@ fn dig_is_told_its_own_address_by_the_powerdns_recursor() {
     let lb = preface(&every_family(&recursor));
     for source in ["127.0.0.9", "127.0.0.10", "::1"] {
         let source: IpAddr = source.parse().unwrap();
-        for (extra, transport) in [("+tcp", "tcp"), ("+vc", "tcp")] {
+        for (extra, transport) in [("+notcp", "udp"), ("+tcp", "tcp")] {
             let answer = dig(&lb, source, &[extra]);
             let [client, to, over]: [&str; 3] = answer.split(' ').collect::<Vec<_>>().try_into().unwrap();
             let client: SocketAddr = client.parse().unwrap();

@@ -88,11 +88,13 @@ impl DatagramServer {
                         Err(_) => continue,
                     };
                     let datagram = read(&buffer[..length], peer);
-                    for reply in answer(&datagram) {
-                        let _ = socket.send_to(&reply, peer);
-                    }
+                    let replies = answer(&datagram);
+                    // Whoever waits for a reply finds the datagram among those that came.
                     lock(&kept).push(datagram);
                     count.fetch_add(1, Ordering::Relaxed);
+                    for reply in replies {
+                        let _ = socket.send_to(&reply, peer);
+                    }
                 }
             }
         });
