@@ -11,6 +11,7 @@ mod codec;
 mod config;
 mod dns;
 mod hostile;
+mod hostile_udp;
 mod load;
 mod measured;
 mod netns;

@@ -89,7 +89,7 @@ impl DatagramServer {
                     };
                     let datagram = read(&buffer[..length], peer);
                     let replies = answer(&datagram);
-                    // Whoever waits for a reply finds the datagram among those that came.
+                    // Kept before it is answered: who has the answer finds it here.
                     lock(&kept).push(datagram);
                     count.fetch_add(1, Ordering::Relaxed);
                     for reply in replies {
