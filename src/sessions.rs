@@ -5,9 +5,14 @@ use std::collections::{BinaryHeap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// A session without a reply gives way to a new client when it is older than this: a reply is slower than that only if
-/// the client has given up.
-pub const GIVES_WAY_AFTER: Duration = Duration::from_secs(1);
+/// A session without a reply gives way to a new client at this age, whatever the upstreams' usual time to answer: it
+/// takes longer only where the client has given up.
+pub const GIVES_WAY_AFTER_MAX: Duration = Duration::from_secs(1);
+/// And never before this age.
+pub const GIVES_WAY_AFTER_MIN: Duration = Duration::from_millis(20);
+/// In between: at so many times the usual time to the first reply. In a flood of R new sources a second a table of N
+/// places has one for everybody who comes if N is more than R times this age.
+const GIVES_WAY_AFTER_TIMES: u32 = 4;
 
 /// Sessions that are spared in a row because their client still sends: it bounds the search.
 const SPARED_MAX: usize = 16;
@@ -45,6 +50,8 @@ pub struct Sessions {
     looks: BinaryHeap<Reverse<(Instant, u32)>>,
     /// Sessions without a reply, oldest first.
     unanswered: Queue,
+    /// From begin to first reply: rises at once, falls slowly; `None`: there was no reply yet.
+    reply_time: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -122,8 +129,18 @@ impl Sessions {
 
     /// Takes note of replies; the first one protects a session from giving way.
     pub fn answered(&mut self, slot: usize, now: Instant) {
-        self.entry(slot as u32).last = now;
+        let entry = self.entry(slot as u32);
+        entry.last = now;
+        let Some(unanswered) = &entry.unanswered else { return };
+        let time = now.duration_since(unanswered.since);
+        self.reply_time = Some(self.reply_time.map_or(time, |usual| time.max((usual * 7 + time) / 8)));
         self.dequeue(slot as u32);
+    }
+
+    /// The age at which a session without a reply gives way.
+    fn gives_way_after(&self) -> Duration {
+        let usual = self.reply_time.unwrap_or(GIVES_WAY_AFTER_MAX);
+        (usual * GIVES_WAY_AFTER_TIMES).clamp(GIVES_WAY_AFTER_MIN, GIVES_WAY_AFTER_MAX)
     }
 
     /// Ends a session.
@@ -177,10 +194,11 @@ impl Sessions {
     /// The session that gives way, if one is old enough. Those whose client goes on sending are spared while others are
     /// there: syslog has no replies.
     fn oldest_unanswered(&mut self, now: Instant) -> Option<u32> {
+        let old = self.gives_way_after();
         for _ in 0..SPARED_MAX {
             let slot = self.unanswered.first?;
             let unanswered = self.entry(slot).unanswered.as_ref().expect("it stands in the queue");
-            if now.duration_since(unanswered.since) < GIVES_WAY_AFTER {
+            if now.duration_since(unanswered.since) < old {
                 return None;
             }
             if !unanswered.sent_again {
@@ -300,13 +318,32 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_without_a_reply_gives_way_once_it_is_a_second_old() {
+    fn how_old_depends_on_how_fast_replies_usually_come() {
+        let (mut sessions, start) = (Sessions::default(), Instant::now());
+        assert_eq!(sessions.gives_way_after(), GIVES_WAY_AFTER_MAX, "nothing is known yet");
+        for (reply_millis, expected_millis) in [(1, 20), (50, 200), (1, 175), (2_000, 1_000)] {
+            let slot = open(&mut sessions, 1, start);
+            sessions.answered(slot, start + Duration::from_millis(reply_millis));
+            sessions.answered(slot, start + SECOND * 5);
+            sessions.close(slot);
+            assert_eq!(sessions.gives_way_after().as_millis(), expected_millis, "after {reply_millis} ms");
+        }
+        for _ in 0..100 {
+            let slot = open(&mut sessions, 1, start);
+            sessions.answered(slot, start);
+            sessions.close(slot);
+        }
+        assert_eq!(sessions.gives_way_after(), GIVES_WAY_AFTER_MIN, "one slow reply is forgotten");
+    }
+
+    #[test]
+    fn the_oldest_without_a_reply_gives_way_once_it_is_old_enough() {
         let (mut sessions, start) = (Sessions::default(), Instant::now());
         let slots: Vec<usize> = (0..3).map(|port| open(&mut sessions, port, start)).collect();
-        sessions.answered(slots[0], start);
-        let young = start + GIVES_WAY_AFTER - Duration::from_millis(1);
+        sessions.answered(slots[0], start + SECOND);
+        let young = start + GIVES_WAY_AFTER_MAX - Duration::from_millis(1);
         assert_eq!(sessions.admit(&ends(9), young, false), Admission::Full);
-        let old = start + GIVES_WAY_AFTER;
+        let old = start + GIVES_WAY_AFTER_MAX;
         assert_eq!(sessions.admit(&ends(9), old, false), Admission::Displace(slots[1]));
         assert_eq!(sessions.admit(&ends(9), old, true), Admission::New, "nobody gives way while there is room");
         sessions.close(slots[1]);

@@ -151,6 +151,11 @@ impl ListenerLife {
         })
     }
 
+    /// Is a connection or session open?
+    pub fn is_used(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0 || self.sessions.open.load(Ordering::Relaxed) > 0
+    }
+
     /// Counts an end.
     pub fn ended(&self, termination: Termination) {
         self.ends[termination as usize].fetch_add(1, Ordering::Relaxed);

@@ -358,20 +358,23 @@ impl Udp {
         let client = canonical(ends.client);
         let source_max = listener.config.max_connections_per_source;
         let in_source = source_max > 0;
+        // Other workers open sessions of this listener, too: only this is exact.
+        let more = |open: u32| ((open as usize) < listener.sessions_max).then_some(open + 1);
+        life.sessions.open.fetch_update(Relaxed, Relaxed, more).map_err(|_| DropReason::SessionsFull)?;
         if in_source && !life.enter_source(client.ip(), source_max) {
+            life.sessions.open.fetch_sub(1, Relaxed);
             return Err(DropReason::SourceFull);
         }
         let id = new_id();
         let local = canonical(SocketAddr::new(ends.local, self.bound.port()));
         let linked = self.link(&listener, (client, local, &id), &mut Vec::new());
         let (link, attempts) = linked.inspect_err(|_| {
+            life.sessions.open.fetch_sub(1, Relaxed);
             if in_source {
                 life.leave_source(client.ip());
             }
         })?;
-        let sessions = &life.sessions;
-        sessions.open.fetch_add(1, Relaxed);
-        sessions.begun.fetch_add(1, Relaxed);
+        life.sessions.begun.fetch_add(1, Relaxed);
         core.generation = core.generation.wrapping_add(1);
         let (batch, piece) = first;
         let datagram = &batch.bytes(piece.place)[piece.start..piece.start + piece.length];

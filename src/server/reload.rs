@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
@@ -240,8 +239,8 @@ impl State {
         self.drop_health_of_other_checks(old, &renamed);
         self.inputs.turns.retain(|(name, _), _| self.config.pools.contains_key(name));
         let listeners = &self.config.listeners;
-        // A listener that comes back while its connections are open goes on counting them.
-        self.inputs.listener_lives.retain(|name, life| listeners.contains_key(name) || life.open.load(Relaxed) > 0);
+        // A listener that comes back while its connections or sessions are open goes on counting them.
+        self.inputs.listener_lives.retain(|name, life| listeners.contains_key(name) || life.is_used());
     }
 
     /// A pool that is checked from now on starts as unknown; one that isn't any more is healthy.

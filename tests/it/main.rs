@@ -24,3 +24,4 @@ mod stopping;
 mod tidy;
 mod traffic;
 mod udp;
+mod udp_load;

@@ -58,7 +58,6 @@ impl Udp {
             self.refresh(core);
         }
         while let Some((slot, reason)) = buffers.replies.failures.pop() {
-            core.dropped(reason, usize::from(core.sessions[slot].as_ref().is_some_and(|s| s.retained.is_none())), now);
             self.upstream_failed(core, slot, reason, &mut buffers.outbox, now);
         }
         true

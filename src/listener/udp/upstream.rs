@@ -98,7 +98,8 @@ impl Udp {
         self.move_session(core, slot, why, &mut tried, outbox, now);
     }
 
-    /// The upstream of a session has failed: another one, if there is one.
+    /// The upstream of a session has failed: another one, if there is one. What was on its way to the first is lost,
+    /// unless it was kept and goes to the other.
     pub(super) fn upstream_failed(
         &self,
         core: &mut Core,
@@ -119,11 +120,15 @@ impl Udp {
             None => Vec::new(),
         };
         tried.push(life);
+        let was_kept = session.retained.is_some();
         let may = session.retained.is_none() || tried.len() <= pool.config.retries as usize;
         if !may || !self.move_session(core, slot, Moved::Refused, &mut tried, outbox, now) {
             // What was kept has had its chances.
             core.forget_retained(slot);
-            return;
+            return core.dropped(reason, 1, now);
+        }
+        if !was_kept {
+            core.dropped(reason, 1, now);
         }
         if let Some(retained) = core.sessions[slot].as_mut().and_then(|session| session.retained.as_mut()) {
             retained.tried = tried;
