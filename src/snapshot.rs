@@ -185,6 +185,14 @@ impl ListenerLife {
         }
     }
 
+    /// Gives back a session's place, and that among its source's if it had one.
+    pub fn leave_session(&self, source: Option<IpAddr>) {
+        self.sessions.open.fetch_sub(1, Ordering::Relaxed);
+        if let Some(source) = source {
+            self.leave_source(source);
+        }
+    }
+
     fn shard(&self, source: IpAddr) -> &Mutex<HashMap<IpAddr, u32>> {
         let bytes = match source {
             IpAddr::V4(v4) => u64::from(v4.to_bits()),
@@ -207,6 +215,21 @@ impl Listener {
     pub fn allows(&self, client: IpAddr) -> bool {
         !self.config.deny.iter().any(|network| network.contains(&client))
             && self.config.allow.iter().any(|network| network.contains(&client))
+    }
+}
+
+impl Listener {
+    /// Takes a place among the listener's sessions, and among its source's where they are limited. Exact over all workers.
+    pub fn enter_session(&self, client: IpAddr) -> Result<(), DropReason> {
+        let more = |open: u32| ((open as usize) < self.sessions_max).then_some(open + 1);
+        let open = &self.life.sessions.open;
+        open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).map_err(|_| DropReason::SessionsFull)?;
+        let limit = self.config.max_connections_per_source;
+        if limit > 0 && !self.life.enter_source(client, limit) {
+            open.fetch_sub(1, Ordering::Relaxed);
+            return Err(DropReason::SourceFull);
+        }
+        Ok(())
     }
 }
 

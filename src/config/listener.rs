@@ -60,7 +60,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
     }
     if !protocols.contains(&Protocol::Udp) {
         for key in ["max_sessions", "responses"] {
-            let Some(span) = section.written(key) else { continue };
+            let Some(span) = section.written(key).filter(|_| section.size(key) > 0) else { continue };
             let diagnostic = Diagnostic::error(&span, format!("{key:?} is for UDP, and {what} serves TCP alone"));
             section.note(diagnostic.help("write protocol = \"udp\", or remove it").if_whole());
         }
@@ -72,9 +72,12 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         name: section.name.to_owned(),
         binds,
         pool: pool.as_ref().map_or_else(String::new, |text| text.value.to_owned()),
-        protocols,
         idle_timeout,
-        idle_timeout_udp: section.written("idle_timeout").map_or(IDLE_TIMEOUT_UDP, |_| idle_timeout),
+        idle_timeout_udp: match section.written("idle_timeout") {
+            Some(_) if protocols.contains(&Protocol::Udp) => idle_timeout,
+            _ => IDLE_TIMEOUT_UDP,
+        },
+        protocols,
         keepalive: section.duration_or_off("keepalive"),
         max_connections: section.size("max_connections"),
         max_connections_per_source: section.size("max_connections_per_source"),

@@ -356,33 +356,18 @@ impl Udp {
         let open = shared.open.open(shared.with_snapshot(|snapshot| snapshot.connections_max));
         let open = open.ok_or(DropReason::SessionsFull)?;
         let client = canonical(ends.client);
-        let source_max = listener.config.max_connections_per_source;
-        let in_source = source_max > 0;
-        // Other workers open sessions of this listener, too: only this is exact.
-        let more = |open: u32| ((open as usize) < listener.sessions_max).then_some(open + 1);
-        life.sessions.open.fetch_update(Relaxed, Relaxed, more).map_err(|_| DropReason::SessionsFull)?;
-        if in_source && !life.enter_source(client.ip(), source_max) {
-            life.sessions.open.fetch_sub(1, Relaxed);
-            return Err(DropReason::SourceFull);
-        }
+        let in_source = listener.config.max_connections_per_source > 0;
+        listener.enter_session(client.ip())?;
         let id = new_id();
         let local = canonical(SocketAddr::new(ends.local, self.bound.port()));
         let linked = self.link(&listener, (client, local, &id), &mut Vec::new());
         let (link, attempts) = linked.inspect_err(|_| {
-            life.sessions.open.fetch_sub(1, Relaxed);
-            if in_source {
-                life.leave_source(client.ip());
-            }
+            life.leave_session(in_source.then_some(client.ip()));
         })?;
         life.sessions.begun.fetch_add(1, Relaxed);
         core.generation = core.generation.wrapping_add(1);
         let (batch, piece) = first;
-        let datagram = &batch.bytes(piece.place)[piece.start..piece.start + piece.length];
-        let keeps = datagram.len() <= RETAINED_BYTES_MAX && core.retained_bytes + datagram.len() <= RETAINED_TOTAL_MAX;
-        let retained = (keeps && listener.pool.config.retries > 0).then(|| {
-            core.retained_bytes += datagram.len();
-            Box::new(Retained { datagram: datagram.to_vec(), tried: Vec::new() })
-        });
+        let retained = core.retain(&batch.bytes(piece.place)[piece.start..piece.start + piece.length]);
         let session = Session {
             generation: core.generation,
             ends,
@@ -461,6 +446,16 @@ impl Udp {
 }
 
 impl Core {
+    /// Keeps a first datagram for another upstream, if there is one to try and it is not too long.
+    fn retain(&mut self, datagram: &[u8]) -> Option<Box<Retained>> {
+        let total = self.retained_bytes + datagram.len();
+        if self.listener.pool.config.retries == 0 || datagram.len() > RETAINED_BYTES_MAX || total > RETAINED_TOTAL_MAX {
+            return None;
+        }
+        self.retained_bytes = total;
+        Some(Box::new(Retained { datagram: datagram.to_vec(), tried: Vec::new() }))
+    }
+
     /// Ends a session.
     fn close(&mut self, shared: &Shared, slot: usize, termination: Termination) {
         let Some(session) = self.sessions[slot].take() else { return };

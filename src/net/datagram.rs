@@ -309,10 +309,11 @@ fn message() -> libc::mmsghdr {
 
 fn address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
     let name: *const libc::sockaddr_storage = name;
-    // SAFETY: a sockaddr_storage is large enough and aligned for both, and both are made of integers only.
-    let (family, v4, v6) =
-        unsafe { ((*name).ss_family, &*name.cast::<libc::sockaddr_in>(), &*name.cast::<libc::sockaddr_in6>()) };
-    match i32::from(family) {
+    // SAFETY: a sockaddr_storage is large enough and aligned for a sockaddr_in, which is made of integers only.
+    let v4 = unsafe { &*name.cast::<libc::sockaddr_in>() };
+    // SAFETY: as above, for a sockaddr_in6.
+    let v6 = unsafe { &*name.cast::<libc::sockaddr_in6>() };
+    match i32::from(v4.sin_family) {
         libc::AF_INET => {
             let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
             Some(SocketAddr::new(ip.into(), u16::from_be(v4.sin_port)))

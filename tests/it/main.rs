@@ -25,3 +25,4 @@ mod tidy;
 mod traffic;
 mod udp;
 mod udp_load;
+mod udp_netns;

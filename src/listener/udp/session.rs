@@ -280,11 +280,8 @@ impl Session {
         self.fold();
         let counters = &self.life.sessions;
         counters.ends[termination as usize].fetch_add(1, Relaxed);
-        counters.open.fetch_sub(1, Relaxed);
         let client = canonical(self.ends.client);
-        if self.in_source {
-            self.life.leave_source(client.ip());
-        }
+        self.life.leave_session(self.in_source.then_some(client.ip()));
         let wanted = shared.with_snapshot(|snapshot| match snapshot.log_connections {
             Some(LogConnections::Off) => false,
             Some(LogConnections::Errors) => !termination.is_regular_for_session(),
