@@ -278,10 +278,12 @@ impl Udp {
                 Some((known, group)) if known == ends => group,
                 _ => {
                     let first = pieces(place, length, segment).next().expect("there is at least one");
-                    let Some(slot) = self.session(core, ends, received.to, (batch, first), now) else {
-                        let count = pieces(place, length, segment).count() - 1;
-                        core.dropped(DropReason::SessionsFull, count, now);
-                        continue;
+                    let slot = match self.session(core, ends, received.to, (batch, first), now) {
+                        Ok(slot) => slot,
+                        Err(reason) => {
+                            core.dropped(reason, pieces(place, length, segment).count(), now);
+                            continue;
+                        }
                     };
                     self.look_at_upstream(core, slot, outbox, now);
                     let number = core.batch;
@@ -297,7 +299,7 @@ impl Udp {
         }
     }
 
-    /// The session of a datagram: the one that it has, or a new one. `None`: it was dropped.
+    /// The session of a datagram: the one that it has, or a new one; or why it has none.
     fn session(
         &self,
         core: &mut Core,
@@ -305,30 +307,20 @@ impl Udp {
         to: Option<Destination>,
         first: (&Batch, Piece),
         now: Instant,
-    ) -> Option<usize> {
+    ) -> Result<usize, DropReason> {
         let counters = &core.listener.life.sessions;
         let room = self.shared.with_snapshot(|snapshot| snapshot.connections_max) > self.shared.open.count()
             && core.listener.sessions_max > counters.open.load(Relaxed) as usize;
-        let reason = match core.table.admit(&ends, now, room) {
-            Admission::Known(slot) => return Some(slot),
-            _ if core.closing != Closing::No => DropReason::Closing,
-            _ if !core.listener.allows(canonical(ends.client).ip()) => DropReason::Denied,
-            _ if self.is_own(canonical(ends.client)) => DropReason::OwnAddress,
-            Admission::New => match self.open(core, ends, to.map(|to| to.answer_from), first, now) {
-                Ok(slot) => return Some(slot),
-                Err(reason) => reason,
-            },
-            Admission::Displace(oldest) => {
-                core.close(&self.shared, oldest, Termination::Displaced);
-                match self.open(core, ends, to.map(|to| to.answer_from), first, now) {
-                    Ok(slot) => return Some(slot),
-                    Err(reason) => reason,
-                }
-            }
-            Admission::Full => DropReason::SessionsFull,
-        };
-        core.dropped(reason, 1, now);
-        None
+        match core.table.admit(&ends, now, room) {
+            Admission::Known(slot) => return Ok(slot),
+            _ if core.closing != Closing::No => return Err(DropReason::Closing),
+            _ if !core.listener.allows(canonical(ends.client).ip()) => return Err(DropReason::Denied),
+            _ if self.is_own(canonical(ends.client)) => return Err(DropReason::OwnAddress),
+            Admission::New => {}
+            Admission::Displace(oldest) => core.close(&self.shared, oldest, Termination::Displaced),
+            Admission::Full => return Err(DropReason::SessionsFull),
+        }
+        self.open(core, ends, to.map(|to| to.answer_from), first, now)
     }
 
     /// Does this process take datagrams at that address? Nobody else can send from it, but forge it.

@@ -8,7 +8,7 @@ use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::listen::BindOptions;
 use super::set_option;
@@ -104,11 +104,6 @@ pub fn packet_payload_max(socket: &impl AsFd, to: SocketAddr) -> io::Result<usiz
 /// Is it an address of this machine?
 pub fn is_local(ip: IpAddr) -> bool {
     std::net::UdpSocket::bind((ip, 0)).is_ok()
-}
-
-/// The error that waits on a socket, taken from it.
-pub fn take_error(socket: &impl AsFd) -> Option<io::Error> {
-    SockRef::from(socket).take_error().ok().flatten()
 }
 
 /// Where a datagram was sent to.
@@ -323,5 +318,123 @@ fn address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
             Some(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), 0, v6.sin6_scope_id).into())
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::outbox::{Next, Outbox, Route};
+    use super::*;
+    use crate::net::canonical;
+    use socket2::SockRef;
+
+    fn bound(address: &str) -> (Socket, SocketAddr) {
+        let options = BindOptions { address: address.parse().unwrap(), v6only: false, keepalive: None };
+        let socket = bind(&options, 1).unwrap().remove(0);
+        let address = socket.local_addr().unwrap().as_socket().unwrap();
+        (socket, address)
+    }
+
+    /// Every datagram that waits, however the kernel has joined them.
+    fn received(socket: &impl AsFd, batch: &mut Batch) -> Vec<Vec<u8>> {
+        batch.clear();
+        // On loopback what was sent is there.
+        batch.receive(socket, BATCH_MAX).unwrap();
+        let places = (0..batch.len()).flat_map(|place| {
+            let bytes = batch.bytes(place);
+            let segment = batch.segment(place).unwrap_or(bytes.len()).max(1);
+            let whole = || bytes.chunks(segment).map(<[u8]>::to_vec).collect::<Vec<_>>();
+            if bytes.is_empty() { vec![Vec::new()] } else { whole() }
+        });
+        places.collect()
+    }
+
+    #[test]
+    fn segments_and_plain_sends_arrive_as_the_same_datagrams() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let (receiver, to) = bound(address);
+            let sender = connect(to, None).unwrap();
+            let payloads: Vec<Vec<u8>> =
+                [100, 100, 100, 60, 0, 0, 60_000].iter().map(|length| vec![*length as u8; *length]).collect();
+            let expected: Vec<Vec<u8>> = payloads.iter().map(|payload| [b"head", &payload[..]].concat()).collect();
+            let (mut outbox, mut batch) = (Outbox::default(), Batch::new());
+            for runs in [vec![0..4, 4..6, 6..7], (0..7).map(|at| at..at + 1).collect()] {
+                let mut sending = outbox.begin();
+                for run in runs {
+                    sending.push(Route::default(), b"head", payloads[run].iter().map(Vec::as_slice));
+                }
+                assert_eq!(sending.send(&sender, |failure| panic!("{failure:?}")), 7);
+                assert_eq!(received(&receiver, &mut batch), expected, "{address}");
+            }
+        }
+    }
+
+    #[test]
+    fn segments_that_the_kernel_refuses_go_one_by_one() {
+        let (receiver, to) = bound("127.0.0.1:0");
+        let sender = connect(to, None).unwrap();
+        let payload = vec![7; 60_000];
+        let (mut outbox, mut batch) = (Outbox::default(), Batch::new());
+        let mut sending = outbox.begin();
+        sending.push(Route::default(), &[], std::iter::once(&b"before"[..]));
+        // Two of them are longer than any datagram.
+        sending.push(Route::default(), &[], [&payload[..], &payload[..]].into_iter());
+        sending.push(Route::default(), &[], std::iter::once(&b"after"[..]));
+        let mut failures = Vec::new();
+        let sent = sending.send(&sender, |failure| {
+            failures.push((failure.segment, failure.first, failure.datagrams));
+            Next::Plain
+        });
+        assert_eq!((sent, failures), (4, vec![(Some(60_000), 1, 2)]));
+        let lengths: Vec<usize> = received(&receiver, &mut batch).iter().map(Vec::len).collect();
+        assert_eq!(lengths, [6, 60_000, 60_000, 5]);
+    }
+
+    #[test]
+    fn a_wildcard_socket_tells_where_a_datagram_was_sent_to_and_answers_from_there() {
+        for (address, targets) in
+            [("0.0.0.0:0", &["127.0.0.1", "127.9.9.9"][..]), ("[::]:0", &["127.0.0.1", "127.9.9.9", "::1"])]
+        {
+            let (socket, own) = bound(address);
+            for target in targets {
+                let target = SocketAddr::new(target.parse().unwrap(), own.port());
+                let client = std::net::UdpSocket::bind(SocketAddr::new(target.ip(), 0)).unwrap();
+                client.send_to(b"question", target).unwrap();
+                let (mut outbox, mut batch) = (Outbox::default(), Batch::new());
+                batch.receive(&socket, BATCH_MAX).unwrap();
+                let received = batch.received(0).unwrap();
+                let to = received.to.unwrap();
+                assert_eq!(canonical(SocketAddr::new(to.ip, own.port())), target);
+                assert_eq!(canonical(received.from), client.local_addr().unwrap());
+                let route = Route { to: Some(received.from), from: Some(to.answer_from) };
+                let mut sending = outbox.begin();
+                sending.push(route, &[], std::iter::once(&b"answer"[..]));
+                assert_eq!(sending.send(&socket, |failure| panic!("{failure:?}")), 1);
+                let mut buffer = [0; 10];
+                assert_eq!(client.recv_from(&mut buffer).unwrap(), (6, target));
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_once_and_the_socket_goes_on() {
+        let (receiver, to) = bound("127.0.0.1:0");
+        drop(receiver);
+        let sender = connect(to, None).unwrap();
+        let mut outbox = Outbox::default();
+        let mut send = || {
+            let mut sending = outbox.begin();
+            sending.push(Route::default(), &[], std::iter::once(&b"hello"[..]));
+            let mut errors = Vec::new();
+            sending.send(&sender, |failure| {
+                errors.push(failure.error.raw_os_error());
+                Next::Stop
+            });
+            errors
+        };
+        assert!(send().is_empty());
+        assert_eq!(send(), [Some(libc::ECONNREFUSED)]);
+        assert!(send().is_empty());
+        assert_eq!(SockRef::from(&sender).take_error().unwrap().unwrap().raw_os_error(), Some(libc::ECONNREFUSED));
     }
 }

@@ -87,6 +87,33 @@ fn a_wildcard_listener_on_several_addresses_is_the_one_that_was_asked() {
     assert_eq!(lb.metric("preface_sessions_begun_total", &[]), 6.0, "one for each address");
 }
 
+#[test]
+fn without_a_local_port_new_clients_are_dropped_and_the_others_served() {
+    let Some(pair) = namespaces("without_a_local_port_new_clients_are_dropped_and_the_others_served") else { return };
+    let server = pair.left.inside(|| DatagramServer::start(echo));
+    let local_port_range = ["sysctl", "-w", "net.ipv4.ip_local_port_range=50000 50015"];
+    let (status, output) = Process::run(pair.left.command(local_port_range[0]).args(&local_port_range[1..]));
+    assert!(status.success(), "{output}");
+    let lb = balancer(&pair, "10.231.0.1:0\"\nmax_sessions = 100\nidle_timeout = \"2s", server.address);
+    let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+    let client = || pair.right.inside(|| client_at("10.231.0.2:0"));
+    let served: Vec<_> = (0..8).map(|_| client()).collect();
+    served.iter().for_each(|client| drop(ask(client, local, b"before")));
+    let drops = || lb.metric("preface_datagrams_dropped_total", &[("reason", "local_resources")]);
+    let others: Vec<_> = (0..30).map(|_| client()).collect();
+    for other in &others {
+        other.send_to(b"one more", local).expect("a datagram is sent");
+    }
+    eventually("ports are short", || (drops() >= 14.0).then_some(()));
+    served.iter().for_each(|client| drop(ask(client, local, b"after")));
+    assert_eq!(lb.metric("preface_upstream_connect_failures_total", &[]), 0.0, "it is not the upstream's fault");
+    let said = lb.log().lines().into_iter().filter(|line| line.contains("reason=local_resources")).count();
+    assert_eq!(said, 1);
+    // It recovers by itself.
+    eventually("sessions have ended", || (lb.metric("preface_sessions_open", &[]) == 0.0).then_some(()));
+    assert_eq!(ask(&others[29], local, b"again").0, b"again");
+}
+
 /// What a server without any idea of headers sees as its peer.
 fn say_peer(datagram: &Datagram) -> Vec<Vec<u8>> {
     vec![datagram.peer.to_string().into_bytes()]
