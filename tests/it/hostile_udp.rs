@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::hostile::resident_bytes;
 use crate::support::client::loopback;
-use crate::support::datagrams::{DatagramServer, echo};
+use crate::support::datagrams::{Datagram, DatagramServer, echo};
 use crate::support::dns::udp_client;
 use crate::support::{Balancer, DEADLINE, eventually, preface, skip};
 
@@ -195,6 +195,30 @@ fn a_flood_of_new_clients_leaves_those_alone_who_have_an_answer() {
     assert_eq!(peers.len(), SESSIONS, "each regular kept its session");
     assert!(dropped(&lb, "sessions_full") > 0.0);
     assert!(resident_bytes(lb.id()) < before + 16 * 1024 * 1024);
+}
+
+/// Most questions of DNS have one client socket each; and a server answers forged ones, too.
+#[test]
+fn clients_of_one_question_do_not_lock_out_the_next_ones() {
+    const SESSIONS: usize = 20;
+    let upstream = DatagramServer::start(echo);
+    let lb = preface(&config(&upstream, &format!("max_sessions = {SESSIONS}")));
+    let regulars: Vec<UdpSocket> = (0..5).map(|index| udp_client(loopback(index), lb.ipv4("l"))).collect();
+    for client in &regulars {
+        assert_echoed(client, b"first");
+        assert_echoed(client, b"second");
+    }
+    (5..SESSIONS).for_each(|index| assert_echoed(&udp_client(loopback(index), lb.ipv4("l")), b"once"));
+    let late = udp_client(loopback(SESSIONS), lb.ipv4("l"));
+    late.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    eventually("a new client has an answer", || {
+        late.send(b"late").ok()?;
+        late.recv(&mut [0; 16]).ok()
+    });
+    regulars.iter().for_each(|client| assert_echoed(client, b"third"));
+    let regular = |datagram: &&Datagram| [&b"first"[..], b"second", b"third"].contains(&&datagram.payload[..]);
+    let peers: BTreeSet<SocketAddr> = upstream.datagrams().iter().filter(regular).map(|got| got.peer).collect();
+    assert_eq!(peers.len(), regulars.len(), "who sent again kept his session");
 }
 
 /// Without the balancer's help one datagram would go round for ever: the answer to it is a question.
