@@ -48,8 +48,8 @@ pub struct Sessions {
     free: Vec<u32>,
     /// When to look at a slot again. At most one entry of each slot is believed: the one of `Slot::look_at`.
     looks: BinaryHeap<Reverse<(Instant, u32)>>,
-    /// Sessions without a reply, oldest first.
-    unanswered: Queue,
+    /// Sessions whose client has shown in no way that it is there, oldest first: without a reply, and with one.
+    unproven: [Queue; 2],
     /// From begin to first reply: rises at once, falls slowly; `None`: there was no reply yet.
     reply_time: Option<Duration>,
 }
@@ -66,14 +66,16 @@ struct Entry {
     ends: Ends,
     last: Instant,
     timeout: Duration,
-    /// `None`: it had a reply.
-    unanswered: Option<Unanswered>,
+    /// `None`: the client has sent something since it had a reply, so its address is not forged.
+    unproven: Option<Unproven>,
 }
 
-/// A place in the queue of those that never had a reply.
+/// A place in one of the queues.
 #[derive(Debug)]
-struct Unanswered {
+struct Unproven {
     since: Instant,
+    /// Was there a reply? It chooses the queue.
+    answered: bool,
     /// Did the client send again since then?
     sent_again: bool,
     before: Option<u32>,
@@ -84,6 +86,7 @@ struct Unanswered {
 struct Queue {
     first: Option<u32>,
     last: Option<u32>,
+    len: usize,
 }
 
 impl Sessions {
@@ -102,14 +105,19 @@ impl Sessions {
         if let Some(slot) = self.index.get(ends).copied() {
             let entry = self.entry(slot);
             entry.last = now;
-            if let Some(unanswered) = &mut entry.unanswered {
-                unanswered.sent_again = true;
+            match &mut entry.unproven {
+                Some(unproven) if unproven.answered => self.dequeue(slot),
+                Some(unproven) => unproven.sent_again = true,
+                None => {}
             }
             return Admission::Known(slot as usize);
         }
         match has_room {
             true => Admission::New,
-            false => self.oldest_unanswered(now).map_or(Admission::Full, |slot| Admission::Displace(slot as usize)),
+            false => {
+                let slot = self.oldest_unanswered(now).or_else(|| self.oldest_answered(now));
+                slot.map_or(Admission::Full, |slot| Admission::Displace(slot as usize))
+            }
         }
     }
 
@@ -119,22 +127,23 @@ impl Sessions {
             self.slots.push(Slot { session: None, look_at: None });
             (self.slots.len() - 1) as u32
         });
-        self.slots[slot as usize].session = Some(Entry { ends, last: now, timeout, unanswered: None });
+        self.slots[slot as usize].session = Some(Entry { ends, last: now, timeout, unproven: None });
         let known = self.index.insert(ends, slot);
         assert!(known.is_none(), "admit has said that it is new");
-        self.enqueue(slot, now);
+        self.enqueue(slot, now, false);
         self.look(slot, now + timeout);
         slot as usize
     }
 
-    /// Takes note of replies; the first one protects a session from giving way.
+    /// Takes note of replies. After the first one a session gives way later, and not at all once its client sends again.
     pub fn answered(&mut self, slot: usize, now: Instant) {
         let entry = self.entry(slot as u32);
         entry.last = now;
-        let Some(unanswered) = &entry.unanswered else { return };
-        let time = now.duration_since(unanswered.since);
+        let Some(unproven) = entry.unproven.as_ref().filter(|unproven| !unproven.answered) else { return };
+        let time = now.duration_since(unproven.since);
         self.reply_time = Some(self.reply_time.map_or(time, |usual| time.max((usual * 7 + time) / 8)));
         self.dequeue(slot as u32);
+        self.enqueue(slot as u32, now, true);
     }
 
     /// The age at which a session without a reply gives way.
@@ -196,43 +205,58 @@ impl Sessions {
     fn oldest_unanswered(&mut self, now: Instant) -> Option<u32> {
         let old = self.gives_way_after();
         for _ in 0..SPARED_MAX {
-            let slot = self.unanswered.first?;
-            let unanswered = self.entry(slot).unanswered.as_ref().expect("it stands in the queue");
-            if now.duration_since(unanswered.since) < old {
+            let slot = self.unproven[0].first?;
+            let unproven = self.neighbour(slot);
+            if now.duration_since(unproven.since) < old {
                 return None;
             }
-            if !unanswered.sent_again {
+            if !unproven.sent_again {
                 return Some(slot);
             }
             self.dequeue(slot);
-            self.enqueue(slot, now);
+            self.enqueue(slot, now, false);
         }
         None
     }
 
-    fn enqueue(&mut self, slot: u32, now: Instant) {
-        let before = self.unanswered.last.replace(slot);
+    /// The session that gives way where most have had a reply: servers answer forged questions, too. While more have
+    /// had none, the place is theirs to give. A client that is there may be far away, so it has the longest time to send
+    /// again.
+    fn oldest_answered(&mut self, now: Instant) -> Option<u32> {
+        if self.unproven[1].len <= self.unproven[0].len {
+            return None;
+        }
+        let slot = self.unproven[1].first?;
+        (now.duration_since(self.neighbour(slot).since) >= GIVES_WAY_AFTER_MAX).then_some(slot)
+    }
+
+    fn enqueue(&mut self, slot: u32, now: Instant, answered: bool) {
+        let queue = &mut self.unproven[usize::from(answered)];
+        queue.len += 1;
+        let before = queue.last.replace(slot);
         match before {
             Some(before) => self.neighbour(before).after = Some(slot),
-            None => self.unanswered.first = Some(slot),
+            None => queue.first = Some(slot),
         }
-        self.entry(slot).unanswered = Some(Unanswered { since: now, sent_again: false, before, after: None });
+        let unproven = Unproven { since: now, answered, sent_again: false, before, after: None };
+        self.entry(slot).unproven = Some(unproven);
     }
 
     fn dequeue(&mut self, slot: u32) {
-        let Some(Unanswered { before, after, .. }) = self.entry(slot).unanswered.take() else { return };
+        let Some(Unproven { before, after, answered, .. }) = self.entry(slot).unproven.take() else { return };
+        self.unproven[usize::from(answered)].len -= 1;
         match before {
             Some(before) => self.neighbour(before).after = after,
-            None => self.unanswered.first = after,
+            None => self.unproven[usize::from(answered)].first = after,
         }
         match after {
             Some(after) => self.neighbour(after).before = before,
-            None => self.unanswered.last = before,
+            None => self.unproven[usize::from(answered)].last = before,
         }
     }
 
-    fn neighbour(&mut self, slot: u32) -> &mut Unanswered {
-        self.entry(slot).unanswered.as_mut().expect("neighbours stand in the queue")
+    fn neighbour(&mut self, slot: u32) -> &mut Unproven {
+        self.entry(slot).unproven.as_mut().expect("it stands in a queue")
     }
 }
 
@@ -352,6 +376,41 @@ mod tests {
         sessions.close(slots[2]);
         assert_eq!(sessions.admit(&ends(10), old, false), Admission::Full, "one has a reply, one is young");
         assert_eq!(sessions.admit(&ends(10), old + SECOND, false), Admission::Displace(new));
+    }
+
+    #[test]
+    fn an_answer_proves_nothing_until_the_client_sends_again() {
+        let (mut sessions, start) = (Sessions::default(), Instant::now());
+        let slots: Vec<usize> = (0..3).map(|port| open(&mut sessions, port, start)).collect();
+        for slot in &slots {
+            sessions.answered(*slot, start);
+        }
+        // The first one sends again, the second one only has another reply.
+        assert_eq!(sessions.admit(&ends(0), start, false), Admission::Known(slots[0]));
+        sessions.answered(slots[1], start + SECOND / 2);
+        let young = start + GIVES_WAY_AFTER_MAX - Duration::from_millis(1);
+        assert_eq!(sessions.admit(&ends(9), young, false), Admission::Full, "the reply took no time, and still");
+        let old = start + GIVES_WAY_AFTER_MAX;
+        for slot in &slots[1..] {
+            assert_eq!(sessions.admit(&ends(9), old, false), Admission::Displace(*slot));
+            sessions.close(*slot);
+        }
+        assert_eq!(sessions.admit(&ends(9), old + SECOND * 5, false), Admission::Full, "whose client is there stays");
+    }
+
+    #[test]
+    fn who_has_no_answer_gives_way_before_who_has_one() {
+        let (mut sessions, start) = (Sessions::default(), Instant::now());
+        let answered = open(&mut sessions, 1, start);
+        sessions.answered(answered, start);
+        let silent = open(&mut sessions, 2, start + SECOND);
+        let old = start + SECOND * 3;
+        assert_eq!(sessions.admit(&ends(3), old, false), Admission::Displace(silent));
+        sessions.close(silent);
+        let young = open(&mut sessions, 4, old);
+        assert_eq!(sessions.admit(&ends(3), old, false), Admission::Full, "half of them have none");
+        sessions.close(young);
+        assert_eq!(sessions.admit(&ends(3), old, false), Admission::Displace(answered));
     }
 
     #[test]

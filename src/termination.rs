@@ -135,6 +135,9 @@ macro_rules! reasons {
 reasons! {
     /// The source is not in `allow`, or is in `deny`.
     Denied = "denied",
+    /// The source is an address that this process itself takes datagrams at: the answer would be a question again, and so
+    /// on for ever.
+    OwnAddress = "own_address",
     /// A new client, and every session under `max_sessions` or `runtime.max_connections` has had a reply or is young.
     SessionsFull = "sessions_full",
     /// A new client, and its source is at `max_connections_per_source`.

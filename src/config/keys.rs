@@ -533,7 +533,7 @@ static HEALTH_CHECK: Table = Table {
         key("expect", Kind::Text("a string"), Default::None, "tcp, udp: what the answer must contain."),
         key(
             "proxy_protocol",
-            Kind::Word { now: &["same", "off", "v1", "v2"], later: &[] },
+            Kind::Word { now: &["same", "off", "v1", "v2", "spp"], later: &[] },
             Default::None,
             "Header of the check; default: \"same\" as the traffic on the traffic port, \"off\" on another one.",
         ),

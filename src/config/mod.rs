@@ -382,8 +382,8 @@ pub enum CheckHeader {
     Same,
     /// None.
     Off,
-    /// Always this version.
-    Version(Version),
+    /// Always this one.
+    Format(HeaderFormat),
 }
 
 /// `health_check.proxy_command`

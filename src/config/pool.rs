@@ -6,8 +6,7 @@ use super::error::Diagnostic;
 use super::file::{Element, Section, Span, Text};
 use super::listener::check_name;
 use super::{
-    Balance, HeaderFormat, OnUnhealthy, Pool, Tlvs, UdpHeader, Upstream, Version, WhenNoneHealthy, address,
-    health_check, tlvs,
+    Balance, HeaderFormat, OnUnhealthy, Pool, Tlvs, UdpHeader, Upstream, WhenNoneHealthy, address, health_check, tlvs,
 };
 
 /// Upstreams of one pool: its table of turns has no more places than a few for each.
@@ -101,12 +100,8 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, upstreams: places, unclear }
 }
 
-/// `proxy_protocol` as written, where it is a version of the PROXY protocol.
-pub(super) fn version(word: &str) -> Option<Version> {
-    format(word).and_then(HeaderFormat::version)
-}
-
-fn format(word: &str) -> Option<HeaderFormat> {
+/// `proxy_protocol` as written.
+pub(super) fn format(word: &str) -> Option<HeaderFormat> {
     match word {
         "v1" => Some(HeaderFormat::V1),
         "v2" => Some(HeaderFormat::V2),

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{
     AdminBind, Balance, Bind, CheckCommand, CheckHeader, HeaderFormat, LogConnections, LogFormat, OnUnhealthy,
-    Protocol, UdpHeader, Upstream, Version, WhenNoneHealthy,
+    Protocol, UdpHeader, Upstream, WhenNoneHealthy,
 };
 
 macro_rules! words {
@@ -46,8 +46,9 @@ words! {
     CheckHeader {
         CheckHeader::Same => "same",
         CheckHeader::Off => "off",
-        CheckHeader::Version(Version::V1) => "v1",
-        CheckHeader::Version(Version::V2) => "v2",
+        CheckHeader::Format(HeaderFormat::V1) => "v1",
+        CheckHeader::Format(HeaderFormat::V2) => "v2",
+        CheckHeader::Format(HeaderFormat::Spp) => "spp",
     }
     CheckCommand {
         CheckCommand::Local => "local",

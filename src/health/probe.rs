@@ -13,9 +13,9 @@ use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 
 use super::state::{Verdict, is_late};
-use crate::config::{CheckCommand, HealthCheck, Probe};
+use crate::config::{CheckCommand, HeaderFormat, HealthCheck, Probe};
 use crate::net::check::{self, Touch};
-use crate::proxy_protocol::{Addresses, Command, Header, Transport, Version};
+use crate::proxy_protocol::{Addresses, Command, Header, Transport, Version, spp};
 
 /// Of an answer this much is looked at, and this much is read before a close.
 pub const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -31,7 +31,7 @@ pub struct Attempt {
     /// From which address; `None`: the kernel's choice.
     pub source: Option<IpAddr>,
     /// Which header it sends first.
-    pub header: Option<Version>,
+    pub header: Option<HeaderFormat>,
     /// What that header says.
     pub command: CheckCommand,
     /// Connect, ask and answer together.
@@ -134,10 +134,17 @@ async fn touch(attempt: &Attempt, started: Instant) -> Result<String, Failure> {
 /// half of the receivers refuse that, and LOCAL with addresses too.
 fn header_bytes(attempt: &Attempt, transport: Transport, (local, peer): (SocketAddr, SocketAddr)) -> Vec<u8> {
     let mut bytes = Vec::new();
-    if let Some(version) = attempt.header {
-        let own = Addresses::inet(local, peer, transport);
-        header(version, attempt.command, own).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
-    }
+    let version = match attempt.header {
+        None => return bytes,
+        Some(HeaderFormat::Spp) => {
+            spp::encode(&mut bytes, local, peer);
+            return bytes;
+        }
+        Some(HeaderFormat::V1) => Version::V1,
+        Some(HeaderFormat::V2) => Version::V2,
+    };
+    let own = Addresses::inet(local, peer, transport);
+    header(version, attempt.command, own).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
     bytes
 }
 
@@ -298,7 +305,7 @@ mod tests {
     #[tokio::test]
     async fn a_header_alone_is_closed_by_fin_even_when_a_banner_comes() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V2);
+        attempt.header = Some(HeaderFormat::V2);
         for banner in [&b""[..], b"220 mail ESMTP\r\n"] {
             let (outcome, (seen, end)) = tokio::join!(asked(&attempt, tcp("", "")), answer(&listener, banner, false));
             assert_passed(&outcome, "connected in ");
@@ -310,7 +317,7 @@ mod tests {
     #[tokio::test]
     async fn v1_names_the_address_that_the_upstream_sees() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V1);
+        attempt.header = Some(HeaderFormat::V1);
         attempt.source = Some("127.0.0.7".parse().unwrap());
         let upstream = async {
             let (mut stream, peer) = listener.accept().await.unwrap();
@@ -326,7 +333,7 @@ mod tests {
     #[tokio::test]
     async fn header_and_question_are_one_segment_and_the_answer_is_searched() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V2);
+        attempt.header = Some(HeaderFormat::V2);
         let question = [LOCAL_V2, b"PING\r\n"].concat();
         let long = vec![b'x'; 2 * ANSWER_BYTES_MAX];
         for (reply, open, expected) in [
@@ -421,7 +428,7 @@ mod tests {
             attempt.to,
             env!("CARGO_PKG_VERSION")
         );
-        for (header, prefix) in [(None, &b""[..]), (Some(Version::V2), LOCAL_V2)] {
+        for (header, prefix) in [(None, &b""[..]), (Some(HeaderFormat::V2), LOCAL_V2)] {
             attempt.header = header;
             for (reply, expected) in [
                 (&b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"[..], None),
@@ -466,7 +473,7 @@ mod tests {
     #[tokio::test]
     async fn a_reset_is_called_one() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V1);
+        attempt.header = Some(HeaderFormat::V1);
         for check in [tcp("PING", "PONG"), http()] {
             let upstream = async {
                 let (mut stream, _) = listener.accept().await.unwrap();

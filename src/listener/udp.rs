@@ -23,13 +23,13 @@ use tokio::time::{Sleep, sleep_until};
 use self::group::{Groups, Piece, pieces};
 use self::replies::Replies;
 use self::session::{Retained, Session};
-use crate::config::LogConnections;
+use crate::config::{Bind, LogConnections, Protocol};
 use crate::connection::{Shared, new_id};
 use crate::log;
 use crate::net::canonical;
 use crate::net::datagram::outbox::Outbox;
 use crate::net::datagram::poll::{Bound, Sockets};
-use crate::net::datagram::{Batch, Destination, Source};
+use crate::net::datagram::{Batch, Destination, Source, is_local};
 use crate::pool::UpstreamLife;
 use crate::sessions::{Admission, Ends, Sessions};
 use crate::snapshot::Listener;
@@ -315,11 +315,24 @@ impl Udp {
             Admission::Known(slot) => return Ok(slot),
             _ if core.closing != Closing::No => return Err(DropReason::Closing),
             _ if !core.listener.allows(canonical(ends.client).ip()) => return Err(DropReason::Denied),
+            _ if self.is_own(canonical(ends.client)) => return Err(DropReason::OwnAddress),
             Admission::New => {}
             Admission::Displace(oldest) => core.close(&self.shared, oldest, Termination::Displaced),
             Admission::Full => return Err(DropReason::SessionsFull),
         }
         self.open(core, ends, to.map(|to| to.answer_from), first, now)
+    }
+
+    /// Does this process take datagrams at that address? Nobody else can send from it, but forge it.
+    fn is_own(&self, client: SocketAddr) -> bool {
+        let is_at = |bind: &Bind| {
+            let (ip, port) = (canonical(bind.address).ip(), bind.address.port());
+            port == client.port() && (ip == client.ip() || ip.is_unspecified() && is_local(client.ip()))
+        };
+        self.shared.with_snapshot(|snapshot| {
+            let mut listeners = snapshot.slots.values().filter(|listener| listener.config.serves(Protocol::Udp));
+            listeners.any(|listener| listener.config.binds.iter().any(is_at))
+        })
     }
 
     fn open(

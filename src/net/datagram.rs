@@ -101,6 +101,11 @@ pub fn packet_payload_max(socket: &impl AsFd, to: SocketAddr) -> io::Result<usiz
     Ok(usize::try_from(mtu).unwrap_or(0).saturating_sub(headers))
 }
 
+/// Is it an address of this machine?
+pub fn is_local(ip: IpAddr) -> bool {
+    std::net::UdpSocket::bind((ip, 0)).is_ok()
+}
+
 /// Where a datagram was sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {

@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
 use crate::admin::guard::Access;
-use crate::config::{Config, HeaderFormat, OnUnhealthy, Version};
+use crate::config::{Config, OnUnhealthy};
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
 use crate::drain::OpenConnections;
@@ -393,7 +393,7 @@ impl State {
             let Some(check) = &pool.health_check else { continue };
             for upstream in &pool.upstreams {
                 let key = UpstreamKey { pool: name.clone(), address: snapshot::upstream_address(upstream, port) };
-                let header: Option<Version> = upstream.proxy_protocol.and_then(HeaderFormat::version);
+                let header = upstream.proxy_protocol;
                 let target = Target { key: key.clone(), check: check.clone(), header, source: pool.source.clone() };
                 targets.insert(key, target);
             }

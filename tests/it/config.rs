@@ -396,7 +396,7 @@ fn a_check_sends_the_traffics_header_on_the_traffics_port_alone() {
     assert_eq!(header("10.0.0.1:80", "port = 8080"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1", "port = 80"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1:80", "port = 8080, proxy_protocol = \"same\""), CheckHeader::Same);
-    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Version(config::Version::V1));
+    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Format(HeaderFormat::V1));
 }
 
 #[test]

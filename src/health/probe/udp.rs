@@ -42,10 +42,10 @@ pub(super) async fn ask(attempt: &Attempt, started: Instant, send: &[u8], expect
 #[cfg(test)]
 mod tests {
     use super::super::{Outcome, run};
-    use crate::config::{CheckCommand, CheckHeader, HealthCheck, Probe};
+    use crate::config::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe};
     use crate::health::probe::Attempt;
     use crate::health::state::Verdict;
-    use crate::proxy_protocol::{Addresses, Decoded, Header, Transport, Version, decode};
+    use crate::proxy_protocol::{Addresses, Decoded, Header, Transport, Version, decode, spp};
     use std::time::Duration;
     use tokio::net::UdpSocket;
 
@@ -181,7 +181,7 @@ mod tests {
     async fn v2_stands_before_the_question_in_one_datagram() {
         for (address, source) in [("127.0.0.1:0", "127.0.0.7"), ("[::1]:0", "::1")] {
             let (socket, mut attempt) = upstream(address).await;
-            attempt.header = Some(Version::V2);
+            attempt.header = Some(HeaderFormat::V2);
             attempt.source = Some(source.parse().unwrap());
             for command in [CheckCommand::Proxy, CheckCommand::Local] {
                 attempt.command = command;
@@ -199,6 +199,18 @@ mod tests {
                 assert_eq!(peer.ip(), attempt.source.unwrap());
             }
         }
+    }
+
+    #[tokio::test]
+    async fn the_simple_proxy_protocol_names_the_checks_own_addresses() {
+        let (socket, mut attempt) = upstream("127.0.0.1:0").await;
+        attempt.header = Some(HeaderFormat::Spp);
+        let check = udp("PING", "PONG");
+        let (outcome, (datagram, peer)) = tokio::join!(run(&attempt, &check), answer(&socket, &[b"PONG"]));
+        assert_passed(&outcome, "answered in ");
+        let (header, payload) = datagram.split_at(spp::HEADER_BYTES);
+        assert_eq!(spp::decode(header), Ok(spp::Spp { client: peer, local: attempt.to }));
+        assert_eq!(payload, b"PING");
     }
 
     #[tokio::test]

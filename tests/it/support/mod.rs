@@ -5,6 +5,7 @@ pub mod client;
 #[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
 pub mod configmap;
 pub mod datagrams;
+pub mod dns;
 pub mod http;
 pub mod netns;
 pub mod peers;
