@@ -1,36 +1,43 @@
-//! The life of one TCP connection: pick, connect, introduce, relay, and the record of how it ended.
+//! The life of one TCP connection: pick, connect, introduce, relay.
+
+mod record;
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, Waker};
-use std::time::{Duration, SystemTime};
+use std::task::Poll;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::time::{Instant, sleep, timeout};
-use ulid::Ulid;
 
-use crate::config::{HeaderFormat, LogConnections};
 use crate::control;
-use crate::drain::{OpenConnection, OpenConnections};
-use crate::log::{self, ConnectionLine};
+use crate::drain::OpenConnections;
+use crate::log;
+use crate::net::stream::{ConnectOptions, Handshake};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
 use crate::proxy_protocol::Transport;
-use crate::relay::{self, Early, Observer, Scratch};
-use crate::snapshot::{Listener, ListenerLife, Snapshot};
+use crate::relay::{self, Buffers, Early, Observer, Scratch};
+use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
+
+use record::{Entry, Registry};
+
+pub use record::{Record, new_id};
 
 /// Before the only upstream there is gets another try.
 const RETRY_SAME_DELAY: Duration = Duration::from_millis(100);
 
 /// An attempt that has this much less than `connect_timeout` counts as a whole one.
 const DEADLINE_SLACK: Duration = Duration::from_millis(50);
+
+/// Sooner than the timers of connections.
+const TICK: Duration = Duration::from_millis(500);
 
 /// What all connections of one worker share.
 pub struct Shared {
@@ -39,6 +46,8 @@ pub struct Shared {
     header: RefCell<Vec<u8>>,
     registry: RefCell<Registry>,
     sources: Cell<usize>,
+    accepted: Cell<u64>,
+    is_ticking: Cell<bool>,
     control: control::Handle,
     /// Lines to standard output.
     pub log: log::Sender,
@@ -53,17 +62,40 @@ impl Shared {
         open: Arc<OpenConnections>,
         control: control::Handle,
         log: log::Sender,
+        pipes_max: usize,
     ) -> Rc<Shared> {
         Rc::new(Shared {
             cache: RefCell::new(arc_swap::Cache::new(snapshot)),
-            scratch: Rc::new(RefCell::new(vec![0; relay::SCRATCH_BYTES])),
+            scratch: Buffers::new(pipes_max),
             header: RefCell::default(),
             registry: RefCell::default(),
             sources: Cell::new(0),
+            accepted: Cell::new(0),
+            is_ticking: Cell::new(false),
             control,
             log,
             open,
         })
+    }
+
+    /// Told of each connection before its timers are set. A timer that is due before all others wakes the event loop by
+    /// a system call, and sends it round once more; one timer that is always sooner spares every connection that.
+    pub fn tick(self: &Rc<Shared>) {
+        self.accepted.set(self.accepted.get() + 1);
+        if self.is_ticking.replace(true) {
+            return;
+        }
+        let shared = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            loop {
+                let accepted = shared.accepted.get();
+                sleep(TICK).await;
+                if shared.accepted.get() == accepted {
+                    break;
+                }
+            }
+            shared.is_ticking.set(false);
+        });
     }
 
     /// Reads the snapshot in force.
@@ -101,263 +133,49 @@ impl Shared {
     }
 }
 
-/// The open connections of a worker.
-#[derive(Default)]
-struct Registry {
-    entries: Vec<Option<Rc<Entry>>>,
-    free: Vec<usize>,
-}
-
-impl Registry {
-    fn insert(&mut self, entry: Rc<Entry>) -> usize {
-        match self.free.pop() {
-            Some(index) => {
-                self.entries[index] = Some(entry);
-                index
-            }
-            None => {
-                self.entries.push(Some(entry));
-                self.entries.len() - 1
-            }
-        }
-    }
-
-    fn remove(&mut self, index: usize) {
-        self.entries[index] = None;
-        self.free.push(index);
-    }
-
-    fn each(&self, mut visit: impl FnMut(&Entry)) {
-        self.entries.iter().flatten().for_each(|entry| visit(entry));
-    }
-}
-
-/// What others may see of a connection, and say to it.
-struct Entry {
-    listener: Arc<ListenerLife>,
-    upstream: RefCell<Option<Arc<UpstreamLife>>>,
-    bytes_in: Cell<u64>,
-    bytes_out: Cell<u64>,
-    folded_in: Cell<u64>,
-    folded_out: Cell<u64>,
-    started: Instant,
-    first_byte: Cell<Option<Duration>>,
-    ordered: Cell<Option<Termination>>,
-    waker: RefCell<Option<Waker>>,
-}
-
-impl Entry {
-    fn fold(&self) {
-        let bytes_in = self.bytes_in.get() - self.folded_in.replace(self.bytes_in.get());
-        let bytes_out = self.bytes_out.get() - self.folded_out.replace(self.bytes_out.get());
-        if bytes_in + bytes_out == 0 {
-            return;
-        }
-        self.listener.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
-        self.listener.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
-        if let Some(upstream) = &*self.upstream.borrow() {
-            upstream.counters.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
-            upstream.counters.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
-        }
-    }
-
-    fn order(&self, termination: Termination) {
-        self.ordered.set(Some(termination));
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
-    }
-}
-
-impl Entry {
-    /// Completes when it is ordered to end.
-    async fn ordered(&self) -> Termination {
-        poll_fn(|cx| self.poll_ordered(cx).map_or(Poll::Pending, Poll::Ready)).await
-    }
-}
-
-impl Observer for Entry {
-    fn to_upstream(&self, count: usize) {
-        self.bytes_in.set(self.bytes_in.get() + count as u64);
-    }
-
-    fn to_client(&self, count: usize) {
-        if count > 0 && self.first_byte.get().is_none() {
-            self.first_byte.set(Some(self.started.elapsed()));
-        }
-        self.bytes_out.set(self.bytes_out.get() + count as u64);
-    }
-
-    fn poll_ordered(&self, cx: &mut Context<'_>) -> Option<Termination> {
-        let mut waker = self.waker.borrow_mut();
-        if waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
-            *waker = Some(cx.waker().clone());
-        }
-        self.ordered.get()
-    }
-}
-
-/// A connection from its admission to its end. Dropped without `end`, it counts as a panic.
-pub struct Record {
-    shared: Rc<Shared>,
-    entry: Rc<Entry>,
-    index: usize,
-    id: String,
-    client: SocketAddr,
-    local: Option<SocketAddr>,
-    pool: Option<Arc<str>>,
-    header: Option<&'static str>,
-    connect: Option<Duration>,
-    attempts: u32,
-    in_source: bool,
-    ended: bool,
-    open: Option<OpenConnection>,
-}
-
-impl Record {
-    /// Takes over what the connection counts as: one among the listener's, `open` among the process's, and with
-    /// `in_source` one among its source's. All are given back at its end.
-    pub fn new(
-        shared: &Rc<Shared>,
-        listener: &Arc<ListenerLife>,
-        client: SocketAddr,
-        open: Option<OpenConnection>,
-        in_source: bool,
-    ) -> Record {
-        let entry = Rc::new(Entry {
-            listener: Arc::clone(listener),
-            upstream: RefCell::default(),
-            bytes_in: Cell::default(),
-            bytes_out: Cell::default(),
-            folded_in: Cell::default(),
-            folded_out: Cell::default(),
-            started: Instant::now(),
-            first_byte: Cell::default(),
-            ordered: Cell::default(),
-            waker: RefCell::default(),
-        });
-        let index = shared.registry.borrow_mut().insert(Rc::clone(&entry));
-        let record = Record {
-            shared: Rc::clone(shared),
-            entry,
-            index,
-            id: new_id().to_string(),
-            client,
-            local: None,
-            pool: None,
-            header: None,
-            connect: None,
-            attempts: 0,
-            in_source,
-            ended: false,
-            open,
-        };
-        if shared.with_snapshot(|snapshot| snapshot.log_connections == Some(LogConnections::StartAndEnd)) {
-            let (format, now) = (shared.log.format(), SystemTime::now());
-            let line = log::connection_start_line(format, now, &record.id, &listener.name, client);
-            shared.log.send(line.as_bytes());
-        }
-        record
-    }
-
-    /// Counts and logs the end.
-    pub fn end(mut self, termination: Termination) {
-        self.finish(termination);
-    }
-
-    fn finish(&mut self, termination: Termination) {
-        self.ended = true;
-        let listener = &self.entry.listener;
-        self.entry.fold();
-        self.shared.registry.borrow_mut().remove(self.index);
-        listener.ended(termination);
-        listener.open.fetch_sub(1, Ordering::Relaxed);
-        if self.in_source {
-            listener.leave_source(self.client.ip());
-        }
-        let wanted = self.shared.with_snapshot(|snapshot| match snapshot.log_connections {
-            Some(LogConnections::Off) => false,
-            Some(LogConnections::Errors) => !termination.is_regular(),
-            _ => true,
-        });
-        if wanted {
-            self.log(termination);
-        }
-        self.open = None;
-    }
-
-    fn log(&self, termination: Termination) {
-        let line = ConnectionLine {
-            time: SystemTime::now(),
-            id: &self.id,
-            listener: &self.entry.listener.name,
-            client: self.client,
-            local: self.local,
-            pool: self.pool.as_deref(),
-            upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
-            header: self.header,
-            bytes_in: self.entry.bytes_in.get(),
-            bytes_out: self.entry.bytes_out.get(),
-            connect: self.connect,
-            first_byte: self.entry.first_byte.get(),
-            duration: self.entry.started.elapsed(),
-            attempts: self.attempts,
-            end: termination,
-        };
-        self.shared.log.send(log::connection_line(self.shared.log.format(), &line).as_bytes());
-    }
-}
-
-impl Drop for Record {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.finish(Termination::Panic);
-        }
-    }
-}
-
-/// An id that sorts by time; as text 26 ASCII characters.
-pub fn new_id() -> Ulid {
-    let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..))
-}
-
 /// Serves one admitted connection to its end.
-pub async fn serve(client: Stream, bound: SocketAddr, slot: usize, listener: Arc<Listener>, mut record: Record) {
-    // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
-    let local = if bound.ip().is_unspecified() { client.local_address() } else { Ok(bound) };
-    let Ok(local) = local else {
-        // The client is gone already, and with it the address.
-        record.end(Termination::ClientReset);
-        return;
-    };
-    record.local = Some(local);
-    let idle_timeout = listener.config.idle_timeout;
-    let mut early = Early::default();
-    // Nothing of the snapshot is held after this: it may be replaced a thousand times while bytes flow.
-    let reached = reach(&client, local, slot, listener, &mut record, &mut early).await;
-    let (upstream, _lease) = match reached {
-        Ok(reached) => reached,
-        Err(termination) => {
-            client.reset();
-            record.end(termination);
-            return;
-        }
-    };
-    let scratch = Rc::clone(&record.shared.scratch);
-    let termination = relay::run(client, upstream, early, idle_timeout, &scratch, &*record.entry).await;
-    record.end(termination);
+///
+/// Not an `async fn`: those keep a second copy of their arguments for as long as they run.
+pub fn serve(client: Stream, slot: usize, listener: Arc<Listener>, mut record: Record) -> impl Future<Output = ()> {
+    async move {
+        // Boxed: what is needed to get through to an upstream is not carried along while bytes flow. Nothing of the
+        // snapshot is held after it: it may be replaced a thousand times by then.
+        let mut reached = match Box::pin(reach(&client, slot, listener, &mut record)).await {
+            Ok(reached) => reached,
+            Err(termination) => {
+                client.reset_when_closed();
+                drop(client);
+                record.end(termination);
+                return;
+            }
+        };
+        let early = std::mem::take(&mut reached.early);
+        let (scratch, entry) = (&record.shared.scratch, &*record.entry);
+        let relayed = relay::run(&client, &reached.upstream, early, reached.idle_timeout, scratch, entry);
+        let termination = relayed.await;
+        // Closed before the end is told: who reads of it finds it so.
+        drop((client, reached));
+        record.end(termination);
+    }
+}
+
+/// An upstream that knows who the client is.
+struct Reached {
+    upstream: Stream,
+    /// Counts among the upstream's open connections until dropped.
+    _lease: Lease,
+    early: Early,
+    idle_timeout: Duration,
 }
 
 /// Connects to an upstream and introduces the client to it; tries others while that may help.
 async fn reach(
     client: &Stream,
-    local: SocketAddr,
     slot: usize,
     mut listener: Arc<Listener>,
     record: &mut Record,
-    early: &mut Early,
-) -> Result<(Stream, Lease), Termination> {
+) -> Result<Reached, Termination> {
+    let mut early = Early::default();
     let deadline = Instant::now() + listener.pool.config.connect_deadline;
     let mut attempts = Attempts::default();
     for _ in 0..=listener.pool.config.retries {
@@ -378,10 +196,22 @@ async fn reach(
             Err(PickError::None) => return Err(attempts.failure.unwrap_or(Termination::NoUpstream)),
             Err(_) => return Err(attempts.failure.unwrap_or(Termination::UpstreamsFull)),
         };
-        match attempt(client, local, &listener, &picked, deadline, record, early).await {
-            Ok(upstream) => return Ok((upstream, picked.lease)),
-            Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
-            Err(termination) => {
+        let pool = &listener.pool;
+        let attempt = Attempt {
+            client,
+            pool,
+            life: picked.lease.life(),
+            plan: &listener.headers[pool.upstreams[picked.index].entry],
+            keepalive: listener.config.keepalive,
+            timeout: pool.config.connect_timeout.min(deadline.duration_since(Instant::now())),
+        };
+        match attempt.run(record, &mut early).await {
+            Ok(upstream) => {
+                let idle_timeout = listener.config.idle_timeout;
+                return Ok(Reached { upstream, _lease: picked.lease, early, idle_timeout });
+            }
+            Err(Failure { termination, may_retry: false }) => return Err(termination),
+            Err(Failure { termination, .. }) => {
                 let life = Arc::clone(picked.lease.life());
                 // An order is about this upstream: it is not tried again, but another one may have the connection.
                 if record.entry.ordered.take().is_some() {
@@ -424,87 +254,179 @@ impl Attempts {
     }
 }
 
-/// One attempt: connect, then introduce.
-async fn attempt(
-    client: &Stream,
-    local: SocketAddr,
-    listener: &Listener,
-    picked: &Picked,
-    deadline: Instant,
-    record: &mut Record,
-    early: &mut Early,
-) -> Result<Stream, Termination> {
-    let (pool, life) = (&listener.pool, picked.lease.life());
-    record.attempts += 1;
-    record.pool = Some(Arc::clone(&pool.name));
-    *record.entry.upstream.borrow_mut() = Some(Arc::clone(life));
-    let begun = Instant::now();
-    let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(begun));
-    let entry = Rc::clone(&record.entry);
-    let upstream = tokio::select! {
-        biased;
-        termination = entry.ordered() => return Err(termination),
-        connected = connect(&record.shared, pool, life, listener.config.keepalive, attempt_timeout) => connected?,
-    };
-    let connect_time = begun.elapsed();
-    let plan = &listener.headers[pool.upstreams[picked.index].entry];
-    if introduce(client, &upstream, local, plan, record, early).await.is_err() {
-        // Not a byte was taken: another upstream may have the whole.
-        count_failure(&record.shared, pool, life);
-        return Err(Termination::UpstreamResetHeader);
-    }
-    life.connect_succeeded();
-    record.connect = Some(connect_time);
-    record.header = Some(plan.format.map_or("off", HeaderFormat::as_str));
-    if let Some(format) = plan.format {
-        record.entry.listener.headers[format as usize].fetch_add(1, Ordering::Relaxed);
-    }
-    Ok(upstream)
-}
-
-/// One attempt to connect. Counts its failure against the upstream, unless it was ours.
-async fn connect(
-    shared: &Shared,
-    pool: &Pool,
-    life: &Arc<UpstreamLife>,
+/// One attempt at one upstream: connect, then introduce. With TCP Fast Open the introduction is what connects.
+struct Attempt<'a> {
+    client: &'a Stream,
+    pool: &'a Pool,
+    life: &'a Arc<UpstreamLife>,
+    plan: &'a HeaderPlan,
     keepalive: Option<Duration>,
-    attempt_timeout: Duration,
-) -> Result<Stream, Termination> {
-    let source = next_source(shared, &pool.config.source, life.address);
-    let connecting = async {
-        let stream = Stream::connect(life.address, source, keepalive)?;
-        stream.connected().await?;
-        Ok::<Stream, io::Error>(stream)
-    };
-    let termination = match timeout(attempt_timeout, connecting).await {
-        Ok(Ok(stream)) => return Ok(stream),
-        Ok(Err(error)) if net::check::is_local(&error) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
-            return Err(Termination::LocalResources);
-        }
-        Ok(Err(error)) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
-            match error.kind() {
-                io::ErrorKind::TimedOut => Termination::UpstreamTimeout,
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Termination::UpstreamRefused,
-                _ => Termination::UpstreamUnreachable,
-            }
-        }
-        Err(_) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = "timeout");
-            // What the deadline cut short says nothing about the upstream. The slack is for an attempt that had all the
-            // time there is: connect_timeout may equal connect_deadline.
-            if attempt_timeout + DEADLINE_SLACK < pool.config.connect_timeout {
-                return Err(Termination::UpstreamTimeout);
-            }
-            Termination::UpstreamTimeout
-        }
-    };
-    count_failure(shared, pool, life);
-    Err(termination)
+    timeout: Duration,
 }
 
-/// Counts it against the upstream, and tells the control thread when there were too many in a row.
+/// How an attempt failed.
+struct Failure {
+    termination: Termination,
+    /// Another upstream may have the connection.
+    may_retry: bool,
+}
+
+impl From<Termination> for Failure {
+    fn from(termination: Termination) -> Failure {
+        Failure { termination, may_retry: termination != Termination::StopTimeout }
+    }
+}
+
+/// What went out with the SYN.
+struct Sent {
+    /// The client's bytes among it, kept until the connection is established.
+    client_bytes: Vec<u8>,
+    /// How many of them the kernel took.
+    count: usize,
+}
+
+impl Attempt<'_> {
+    async fn run(&self, record: &mut Record, early: &mut Early) -> Result<Stream, Failure> {
+        record.attempt(&self.pool.name, self.life);
+        let begun = Instant::now();
+        let entry = Rc::clone(&record.entry);
+        let mut sent = None;
+        let connected = tokio::select! {
+            biased;
+            termination = entry.ordered() => Err(Failure::from(termination)),
+            connected = self.connect(record, early, &mut sent) => connected,
+        };
+        let upstream = match connected {
+            Ok(upstream) => upstream,
+            Err(mut failure) => {
+                if let Some(sent) = sent {
+                    // Only a refusal says that the client's bytes, sent along with the SYN, were not taken.
+                    failure.may_retry &=
+                        sent.client_bytes.is_empty() || failure.termination == Termination::UpstreamRefused;
+                    // The next upstream has a header of its own.
+                    early.pending = sent.client_bytes;
+                }
+                return Err(failure);
+            }
+        };
+        let connect_time = begun.elapsed();
+        let count = match sent {
+            Some(sent) => sent.count,
+            None => match self.introduce(&upstream, Handshake::Begun, record, early).await {
+                Ok(sent) => sent.count,
+                Err(_) => {
+                    // Not a byte was taken: another upstream may have the whole.
+                    count_failure(&record.shared, self.pool, self.life);
+                    return Err(Termination::UpstreamResetHeader.into());
+                }
+            },
+        };
+        self.life.connect_succeeded();
+        record.introduced(connect_time, self.plan.format);
+        record.entry.to_upstream(count);
+        Ok(upstream)
+    }
+
+    /// Counts a failure against the upstream, unless it was ours.
+    async fn connect(&self, record: &Record, early: &mut Early, sent: &mut Option<Sent>) -> Result<Stream, Failure> {
+        let (pool, address) = (&*self.pool.name, self.life.address);
+        let options = ConnectOptions {
+            source: next_source(&record.shared, &self.pool.config.source, address),
+            keepalive: self.keepalive,
+            fast_open: self.pool.config.fast_open,
+        };
+        let connecting = async {
+            let (stream, handshake) = Stream::connect(address, &options)?;
+            if handshake == Handshake::WithFirstWrite {
+                *sent = Some(self.introduce(&stream, handshake, record, early).await?);
+            }
+            stream.connected(handshake).await?;
+            Ok::<Stream, io::Error>(stream)
+        };
+        let termination = match timeout(self.timeout, connecting).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) if net::check::is_local(&error) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = %error);
+                return Err(Termination::LocalResources.into());
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = %error);
+                match error.kind() {
+                    io::ErrorKind::TimedOut => Termination::UpstreamTimeout,
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Termination::UpstreamRefused,
+                    _ => Termination::UpstreamUnreachable,
+                }
+            }
+            Err(_) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = "timeout");
+                Termination::UpstreamTimeout
+            }
+        };
+        // What the deadline cut short says nothing about the upstream. The slack is for an attempt that had all the
+        // time there is: connect_timeout may equal connect_deadline.
+        if termination != Termination::UpstreamTimeout
+            || self.timeout + DEADLINE_SLACK >= self.pool.config.connect_timeout
+        {
+            count_failure(&record.shared, self.pool, self.life);
+        }
+        Err(termination.into())
+    }
+
+    /// Sends the header, and with it what the client has said already, in one write. An error means that the upstream
+    /// took nothing; what was read of the client is then in `early` for the next one.
+    async fn introduce(
+        &self,
+        upstream: &Stream,
+        handshake: Handshake,
+        record: &Record,
+        early: &mut Early,
+    ) -> io::Result<Sent> {
+        let shared = &record.shared;
+        let is_first = handshake == Handshake::WithFirstWrite;
+        poll_fn(|cx| {
+            let bytes = &mut *shared.header.borrow_mut();
+            bytes.clear();
+            let mut id = [0; ulid::ULID_LEN];
+            self.plan
+                .encode(record.client, record.local, Transport::Stream, record.id(&mut id), bytes)
+                .map_err(io::Error::other)?;
+            let header = bytes.len();
+            if early.pending.is_empty() && !early.client_eof && !early.client_reset {
+                let scratch = &mut shared.scratch.borrow_mut().bytes;
+                let read = if is_first { self.client.read_now(scratch) } else { self.client.poll_read(cx, scratch) };
+                match read {
+                    Poll::Pending => {}
+                    Poll::Ready(Ok(0)) => early.client_eof = true,
+                    Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
+                    Poll::Ready(Err(_)) => early.client_reset = true,
+                }
+            } else {
+                bytes.append(&mut early.pending);
+            }
+            let client_bytes = if is_first { bytes[header..].to_vec() } else { Vec::new() };
+            // The SYN goes out with an empty write, too.
+            if bytes.is_empty() && !is_first {
+                return Poll::Ready(Ok(Sent { client_bytes, count: 0 }));
+            }
+            let written = if is_first { upstream.write_now(bytes) } else { upstream.poll_write(cx, bytes) };
+            let (written, outcome) = match written {
+                Poll::Pending => (0, Ok(0)),
+                Poll::Ready(Ok(written)) => (written, Ok(written.saturating_sub(header))),
+                // Only the client's bytes are kept: the next upstream has a header of its own.
+                Poll::Ready(Err(error)) => (header, Err(error)),
+            };
+            if written < bytes.len() {
+                early.pending = bytes[written..].to_vec();
+            }
+            if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
+                *bytes = Vec::new();
+            }
+            Poll::Ready(outcome.map(|count| Sent { client_bytes, count }))
+        })
+        .await
+    }
+}
+
 pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
     let in_a_row = life.connect_failed();
     let limit = pool.config.unhealthy_after_failed_connects;
@@ -524,52 +446,17 @@ pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) ->
     fitting().nth(turn % fitting().count().max(1)).copied()
 }
 
-/// Sends the header, and with it what the client has said already, in one write. An error means that the upstream took
-/// nothing; what was read of the client is then in `early` for the next one.
-async fn introduce(
-    client: &Stream,
-    upstream: &Stream,
-    local: SocketAddr,
-    plan: &HeaderPlan,
-    record: &Record,
-    early: &mut Early,
-) -> io::Result<()> {
-    let shared = &record.shared;
-    poll_fn(|cx| {
-        let bytes = &mut *shared.header.borrow_mut();
-        bytes.clear();
-        plan.encode(record.client, local, Transport::Stream, &record.id, bytes).map_err(io::Error::other)?;
-        let header = bytes.len();
-        if early.pending.is_empty() && !early.client_eof && !early.client_reset {
-            let scratch = &mut *shared.scratch.borrow_mut();
-            match client.poll_read(cx, scratch) {
-                Poll::Pending => {}
-                Poll::Ready(Ok(0)) => early.client_eof = true,
-                Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
-                Poll::Ready(Err(_)) => early.client_reset = true,
-            }
-        } else {
-            bytes.append(&mut early.pending);
-        }
-        if bytes.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
-        let (written, outcome) = match upstream.poll_write(cx, bytes) {
-            Poll::Pending => (0, Ok(())),
-            Poll::Ready(Ok(written)) => (written, Ok(())),
-            // Only the client's bytes are kept: the next upstream has a header of its own.
-            Poll::Ready(Err(error)) => (header, Err(error)),
-        };
-        if written < bytes.len() {
-            early.pending = bytes[written..].to_vec();
-        }
-        if outcome.is_ok() {
-            record.entry.to_upstream(written.saturating_sub(header));
-        }
-        if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
-            *bytes = Vec::new();
-        }
-        Poll::Ready(outcome)
-    })
-    .await
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, D, F: Future>(_: impl Fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// With what tokio adds, it is allocated in steps of 128 bytes: the next one begins at 632.
+    #[test]
+    fn an_idle_connection_is_small() {
+        assert!(size_of_future(serve) <= 632, "{} bytes", size_of_future(serve));
+    }
 }

@@ -1,10 +1,11 @@
 //! Bytes both ways between two sockets: half-close kept, resets passed on after what was read before them, nothing
-//! buffered while both sides keep up.
+//! buffered while both sides keep up. Small messages are copied through the worker's scratch buffer, bulk is spliced
+//! through a pipe; each direction changes between the two as its traffic does.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -12,17 +13,48 @@ use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use crate::net::Stream;
+use crate::net::splice::{self, Pipe, Pipes};
 use crate::net::stream::ErrorWatch;
 use crate::termination::Termination;
 
-/// The worker's read buffer, shared by all its connections; never held across an await.
-pub type Scratch = Rc<RefCell<Vec<u8>>>;
+/// The worker's buffers, shared by all its connections; never held across an await.
+pub type Scratch = Rc<RefCell<Buffers>>;
+
+/// What a worker moves bytes with.
+pub struct Buffers {
+    /// For one read.
+    pub bytes: Box<[u8]>,
+    /// For bulk.
+    pub pipes: Pipes,
+}
+
+impl Buffers {
+    /// With room for `pipes_max` pipes: none, and all bytes are copied.
+    pub fn new(pipes_max: usize) -> Scratch {
+        let bytes = vec![0; SCRATCH_BYTES].into_boxed_slice();
+        Rc::new(RefCell::new(Buffers { bytes, pipes: Pipes::new(pipes_max) }))
+    }
+}
 
 /// Size of the scratch buffer: what one read can take, and the most that a connection holds back per direction.
 pub const SCRATCH_BYTES: usize = 64 * 1024;
 
-/// Reads of one direction before the worker's other tasks have a turn.
+/// Bytes that one direction moves before the worker's other tasks have a turn.
+const BYTES_PER_POLL: usize = 1024 * 1024;
+/// The same for messages.
 const READS_PER_POLL: usize = 16;
+
+/// A read of at least this many bytes is bulk.
+const BULK_BYTES: usize = 32 * 1024;
+/// Bulk reads in a row before a direction splices.
+const BULK_READS: u8 = 2;
+/// Less than this through a pipe is not worth it.
+const SMALL_BYTES: usize = 16 * 1024;
+/// Small transfers in a row before a direction copies again.
+const SMALL_TRANSFERS: u8 = 4;
+
+/// A connection that lives for this long gets keepalive probes towards its upstream.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(5);
 
 /// A reset is passed on at the latest when the other side took nothing for this long.
 const RESET_STALL_MAX: Duration = Duration::from_secs(1);
@@ -44,8 +76,26 @@ pub trait Observer {
 struct Direction {
     pending: Vec<u8>,
     written: usize,
+    mode: Mode,
+    /// Lent while it holds bytes, or while there are more to come.
+    pipe: Option<Box<Pipe>>,
     eof: bool,
-    shut: bool,
+    is_shut: bool,
+}
+
+/// How the next bytes are moved.
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    /// Through the scratch buffer, after so many bulk reads in a row.
+    Copy(u8),
+    /// Through a pipe, after so many small transfers in a row.
+    Splice(u8),
+}
+
+impl Default for Mode {
+    fn default() -> Mode {
+        Mode::Copy(0)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,50 +125,56 @@ pub struct Early {
     pub client_reset: bool,
 }
 
-/// Carries bytes until both sides are done, one is reset, or it is ordered to end; closes both as fits the end.
-pub async fn run(
-    client: Stream,
-    upstream: Stream,
+/// Carries bytes until both sides are done, one is reset, or it is ordered to end. Whatever end is not a regular one
+/// leaves both to be reset when they are dropped: neither may take what it has for the whole.
+///
+/// Not an `async fn`: those keep a second copy of their arguments, and this future waits for as long as its connection.
+pub fn run<'a, O: Observer>(
+    client: &'a Stream,
+    upstream: &'a Stream,
     early: Early,
     idle_timeout: Duration,
-    scratch: &Scratch,
-    observer: &impl Observer,
-) -> Termination {
+    scratch: &'a Scratch,
+    observer: &'a O,
+) -> impl Future<Output = Termination> + use<'a, O> {
     let mut relay = Relay {
-        client: &client,
-        upstream: &upstream,
+        client,
+        upstream,
         up: Direction { pending: early.pending, eof: early.client_eof, ..Direction::default() },
         down: Direction::default(),
         first_eof: early.client_eof.then_some(Side::Client),
+        is_reset: early.client_reset,
         client_watch: None,
         upstream_watch: None,
         last_active: Instant::now(),
+        idle_timeout,
+        scratch,
         observer,
     };
-    let stopped = if early.client_reset {
-        Stopped::Reset(Side::Client)
-    } else {
-        let idle = sleep_until(relay.last_active + idle_timeout);
-        tokio::pin!(idle);
-        poll_fn(|cx| relay.poll(cx, idle.as_mut(), idle_timeout, &mut scratch.borrow_mut())).await
-    };
-    let termination = match stopped {
-        Stopped::Finished if relay.first_eof == Some(Side::Client) => return Termination::ClientClosed,
-        Stopped::Finished => return Termination::UpstreamClosed,
-        Stopped::Reset(side) => {
-            relay.deliver_rest(side, scratch).await;
-            match side {
-                Side::Client => Termination::ClientReset,
-                Side::Upstream => Termination::UpstreamReset,
+    async move {
+        let stopped = if relay.is_reset {
+            Stopped::Reset(Side::Client)
+        } else {
+            let mut idle = pin!(sleep_until(relay.last_active + relay.idle_timeout.min(KEEPALIVE_AFTER)));
+            poll_fn(|cx| relay.poll(cx, idle.as_mut())).await
+        };
+        let termination = match stopped {
+            Stopped::Finished if relay.first_eof == Some(Side::Client) => return Termination::ClientClosed,
+            Stopped::Finished => return Termination::UpstreamClosed,
+            Stopped::Reset(side) => {
+                // Boxed, because it is rare, and as large as all the rest.
+                Box::pin(relay.deliver_rest(side)).await;
+                match side {
+                    Side::Client => Termination::ClientReset,
+                    Side::Upstream => Termination::UpstreamReset,
+                }
             }
-        }
-        Stopped::Ended(termination) => termination,
-    };
-    drop(relay);
-    // Neither side may take what it has for the whole.
-    client.reset();
-    upstream.reset();
-    termination
+            Stopped::Ended(termination) => termination,
+        };
+        relay.client.reset_when_closed();
+        relay.upstream.reset_when_closed();
+        termination
+    }
 }
 
 struct Relay<'a, O> {
@@ -127,10 +183,14 @@ struct Relay<'a, O> {
     up: Direction,
     down: Direction,
     first_eof: Option<Side>,
+    /// Was the client reset before there was anything to relay?
+    is_reset: bool,
     /// Kept once made: a side that isn't being read would not tell of its reset otherwise.
     client_watch: Option<ErrorWatch<'a>>,
     upstream_watch: Option<ErrorWatch<'a>>,
     last_active: Instant,
+    idle_timeout: Duration,
+    scratch: &'a Scratch,
     observer: &'a O,
 }
 
@@ -141,30 +201,25 @@ enum Progress {
     Waiting,
     /// The budget is used up: more may be there.
     Busy,
-    /// Everything was delivered and the close passed on.
+    /// Everything was delivered; the end may be passed on.
     Done,
 }
 
 impl<'a, O: Observer> Relay<'a, O> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        mut idle: Pin<&mut Sleep>,
-        idle_timeout: Duration,
-        scratch: &mut [u8],
-    ) -> Poll<Stopped> {
+    fn poll(&mut self, cx: &mut Context<'_>, mut idle: Pin<&mut Sleep>) -> Poll<Stopped> {
         if let Some(termination) = self.observer.poll_ordered(cx) {
             return Poll::Ready(Stopped::Ended(termination));
         }
+        let buffers = &mut *self.scratch.borrow_mut();
         let (mut up_moved, mut down_moved) = (0, 0);
-        let up = self.up.poll(cx, self.client, self.upstream, scratch, &mut up_moved);
+        let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved);
         self.observer.to_upstream(up_moved);
         let up = match up {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Client)),
             Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
         };
-        let down = self.down.poll(cx, self.upstream, self.client, scratch, &mut down_moved);
+        let down = self.down.poll(cx, self.upstream, self.client, buffers, &mut down_moved);
         self.observer.to_client(down_moved);
         let down = match down {
             Ok(progress) => progress,
@@ -179,7 +234,14 @@ impl<'a, O: Observer> Relay<'a, O> {
             };
         }
         if (up, down) == (Progress::Done, Progress::Done) {
+            // Closing the sockets passes on the last end.
             return Poll::Ready(Stopped::Finished);
+        }
+        if up == Progress::Done {
+            self.up.shut(self.upstream);
+        }
+        if down == Progress::Done {
+            self.down.shut(self.client);
         }
         if up_moved + down_moved > 0 {
             self.last_active = Instant::now();
@@ -195,7 +257,9 @@ impl<'a, O: Observer> Relay<'a, O> {
             return Poll::Ready(Stopped::Reset(Side::Upstream));
         }
         while idle.as_mut().poll(cx).is_ready() {
-            let deadline = self.last_active + idle_timeout;
+            // Should it fail, a peer that vanished is noticed by the idle timeout alone.
+            let _ = self.upstream.keep_alive();
+            let deadline = self.last_active + self.idle_timeout;
             if deadline <= Instant::now() {
                 return Poll::Ready(Stopped::Ended(Termination::IdleTimeout));
             }
@@ -205,7 +269,7 @@ impl<'a, O: Observer> Relay<'a, O> {
     }
 
     /// `side` was reset. What it had sent before still goes to the other side, as long as that one takes it.
-    async fn deliver_rest(&mut self, side: Side, scratch: &Scratch) {
+    async fn deliver_rest(&mut self, side: Side) {
         let (from, to) = match side {
             Side::Client => (self.client, self.upstream),
             Side::Upstream => (self.upstream, self.client),
@@ -215,9 +279,7 @@ impl<'a, O: Observer> Relay<'a, O> {
             let mut moved = 0;
             let (progress, ordered) = poll_fn(|cx| {
                 let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
-                // The close must not be passed on: the reset comes in its place.
-                direction.shut = true;
-                let progress = direction.poll(cx, from, to, &mut scratch.borrow_mut(), &mut moved);
+                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved);
                 if matches!(progress, Err(End::Read)) {
                     // All that it sent was read; what is pending still has to go.
                     direction.eof = true;
@@ -267,7 +329,7 @@ enum End {
 
 impl Direction {
     fn is_reading(&self) -> bool {
-        self.pending.is_empty() && !self.eof
+        self.pending.is_empty() && self.pipe.is_none() && !self.eof
     }
 
     /// Moves what can be moved. Never reads while something is pending: back-pressure is the kernel's buffers.
@@ -277,56 +339,149 @@ impl Direction {
         cx: &mut Context<'_>,
         from: &Stream,
         to: &Stream,
-        scratch: &mut [u8],
+        buffers: &mut Buffers,
         moved: &mut usize,
     ) -> Result<Progress, End> {
         for _ in 0..READS_PER_POLL {
-            if !self.pending.is_empty() {
-                match self.poll_flush(cx, to, moved) {
-                    Poll::Pending => return Ok(Progress::Waiting),
-                    Poll::Ready(Err(_)) => return Err(End::Write),
-                    Poll::Ready(Ok(())) => {}
-                }
+            match self.poll_flush(cx, to, &mut buffers.pipes, moved) {
+                Poll::Pending => return Ok(Progress::Waiting),
+                Poll::Ready(Err(_)) => return Err(End::Write),
+                Poll::Ready(Ok(())) => {}
             }
             if self.eof {
-                if !self.shut {
-                    // A peer that is gone answers the next call on its socket; here there is nobody to tell.
-                    let _ = to.shutdown_write();
-                    self.shut = true;
-                }
+                self.give_back(&mut buffers.pipes);
                 return Ok(Progress::Done);
             }
-            let count = match from.poll_read(cx, scratch) {
-                Poll::Pending => return Ok(Progress::Waiting),
-                Poll::Ready(Err(_)) => return Err(End::Read),
-                Poll::Ready(Ok(0)) => {
-                    self.eof = true;
-                    continue;
-                }
-                Poll::Ready(Ok(count)) => count,
+            if *moved >= BYTES_PER_POLL {
+                break;
+            }
+            let read = match self.mode {
+                Mode::Copy(bulk) => self.poll_copy(cx, from, to, &mut buffers.bytes, bulk, moved)?,
+                Mode::Splice(small) => self.poll_fill(cx, from, &mut buffers.pipes, small)?,
             };
-            let written = match to.poll_write(cx, &scratch[..count]) {
-                Poll::Pending => 0,
-                Poll::Ready(Err(_)) => return Err(End::Write),
-                Poll::Ready(Ok(written)) => written,
-            };
-            *moved += written;
-            if written < count {
-                self.pending = scratch[written..count].to_vec();
-                self.written = 0;
+            if read.is_pending() {
+                self.give_back(&mut buffers.pipes);
+                return Ok(Progress::Waiting);
             }
         }
         Ok(Progress::Busy)
     }
 
-    fn poll_flush(&mut self, cx: &mut Context<'_>, to: &Stream, moved: &mut usize) -> Poll<io::Result<()>> {
+    /// Reads once, and writes at once what was read.
+    fn poll_copy(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &Stream,
+        to: &Stream,
+        bytes: &mut [u8],
+        bulk: u8,
+        moved: &mut usize,
+    ) -> Result<Poll<()>, End> {
+        let count = match from.poll_read(cx, bytes) {
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(Err(_)) => return Err(End::Read),
+            Poll::Ready(Ok(count)) => count,
+        };
+        if count == 0 {
+            self.eof = true;
+            return Ok(Poll::Ready(()));
+        }
+        self.mode = match bulk + 1 {
+            _ if count < BULK_BYTES => Mode::Copy(0),
+            BULK_READS if !from.has_urgent_data() => Mode::Splice(0),
+            reads => Mode::Copy(reads.min(BULK_READS - 1)),
+        };
+        let written = match to.poll_write(cx, &bytes[..count]) {
+            Poll::Pending => 0,
+            Poll::Ready(Err(_)) => return Err(End::Write),
+            Poll::Ready(Ok(written)) => written,
+        };
+        *moved += written;
+        if written < count {
+            self.pending = bytes[written..count].to_vec();
+            self.written = 0;
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Fills the empty pipe; changes to copying where a pipe does not help.
+    fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &Stream,
+        pipes: &mut Pipes,
+        small: u8,
+    ) -> Result<Poll<()>, End> {
+        let Some(mut pipe) = self.pipe.take().or_else(|| pipes.lend()) else {
+            self.mode = Mode::Copy(0);
+            return Ok(Poll::Ready(()));
+        };
+        let filled = from.poll_fill(cx, &mut pipe);
+        self.pipe = Some(pipe);
+        match filled {
+            // The pipe never gets past an urgent mark, a read does.
+            Poll::Pending if from.has_urgent_data() => self.mode = Mode::Copy(0),
+            Poll::Pending => return Ok(Poll::Pending),
+            Poll::Ready(Ok(0)) => self.eof = true,
+            Poll::Ready(Ok(SMALL_BYTES..)) => self.mode = Mode::Splice(0),
+            Poll::Ready(Ok(_)) if small + 1 == SMALL_TRANSFERS => self.mode = Mode::Copy(0),
+            Poll::Ready(Ok(_)) => self.mode = Mode::Splice(small + 1),
+            Poll::Ready(Err(error)) if !splice::is_trouble(&error) => return Err(End::Read),
+            // Whatever the pipe's trouble is, a read can do without one.
+            Poll::Ready(Err(_)) => {
+                self.pipe = None;
+                self.mode = Mode::Copy(0);
+            }
+        }
+        Ok(Poll::Ready(()))
+    }
+
+    /// Writes all that was read and did not fit yet.
+    fn poll_flush(
+        &mut self,
+        cx: &mut Context<'_>,
+        to: &Stream,
+        pipes: &mut Pipes,
+        moved: &mut usize,
+    ) -> Poll<io::Result<()>> {
+        while let Some(pipe) = &mut self.pipe
+            && pipe.held() > 0
+        {
+            match ready!(to.poll_drain(cx, pipe)) {
+                Ok(count) => *moved += count,
+                Err(error) if !splice::is_trouble(&error) => return Poll::Ready(Err(error)),
+                Err(_) => {
+                    (self.pending, self.written) = (pipe.take()?, 0);
+                    self.mode = Mode::Copy(0);
+                }
+            }
+        }
+        if matches!(self.mode, Mode::Copy(_)) {
+            self.give_back(pipes);
+        }
+        if self.pending.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
         while self.written < self.pending.len() {
             let count = ready!(to.poll_write(cx, &self.pending[self.written..]))?;
             self.written += count;
             *moved += count;
         }
-        self.pending = Vec::new();
-        self.written = 0;
+        (self.pending, self.written) = (Vec::new(), 0);
         Poll::Ready(Ok(()))
+    }
+
+    /// Passes on the end of the stream, once.
+    fn shut(&mut self, to: &Stream) {
+        if !std::mem::replace(&mut self.is_shut, true) {
+            // A peer that is gone answers the next call on its socket; here there is nobody to tell.
+            let _ = to.shutdown_write();
+        }
+    }
+
+    fn give_back(&mut self, pipes: &mut Pipes) {
+        if let Some(pipe) = self.pipe.take() {
+            pipes.give_back(pipe);
+        }
     }
 }

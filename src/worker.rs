@@ -21,7 +21,7 @@ use crate::drain::OpenConnections;
 use crate::listener::udp::{Buffers, Udp};
 use crate::listener::{self, Acceptor};
 use crate::log;
-use crate::net::Listening;
+use crate::net::{Listening, limits};
 use crate::pool::UpstreamLife;
 use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
@@ -73,6 +73,17 @@ pub enum Message {
     Stop(oneshot::Sender<()>),
 }
 
+/// Where a worker stands among the others, and its part of what there is.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// From 0.
+    pub number: usize,
+    /// To be bound to; `None`: runs on any.
+    pub processor: Option<usize>,
+    /// Pipes that it may have open.
+    pub pipes_max: usize,
+}
+
 /// A running worker. Its thread ends when this is dropped.
 pub struct Worker {
     inbox: mpsc::Sender<Message>,
@@ -82,16 +93,22 @@ pub struct Worker {
 impl Worker {
     /// Starts the thread.
     pub fn start(
-        number: usize,
+        place: Place,
         snapshot: Arc<ArcSwap<Snapshot>>,
         open: Arc<OpenConnections>,
         control: control::Handle,
         log: log::Sender,
         probes: Arc<Probes>,
     ) -> io::Result<Worker> {
+        let Place { number, processor, pipes_max } = place;
         let (inbox, messages) = mpsc::channel(INBOX_MAX);
         let (started, outcome) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+            if let Some(processor) = processor
+                && let Err(error) = limits::pin_thread(processor)
+            {
+                tracing::warn!(event = "pin", worker = number, processor, reason = %error, "runs on any processor");
+            }
             // Built on its own thread: a local runtime cannot be sent there.
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
@@ -99,7 +116,7 @@ impl Worker {
                 Ok(runtime) => {
                     let _ = started.send(Ok(()));
                     let alive = || probes.worker_answered(number, Instant::now());
-                    runtime.block_on(run(Shared::new(snapshot, open, control, log), messages, alive));
+                    runtime.block_on(run(Shared::new(snapshot, open, control, log, pipes_max), messages, alive));
                     probes.worker_ended(number);
                 }
                 Err(error) => drop(started.send(Err(error))),

@@ -6,6 +6,7 @@ pub mod client;
 pub mod completions;
 pub mod decode;
 pub mod demo;
+pub mod doctor;
 pub mod explain;
 pub mod health;
 pub mod man;
@@ -47,6 +48,7 @@ enum Command {
     Demo(demo::Args),
     Whoami(whoami::Args),
     Decode(decode::Args),
+    Doctor(doctor::Args),
     Reload(reload::Args),
     Drain(order::DrainArgs),
     Disable(order::DisableArgs),
@@ -65,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Whoami(args) => whoami::run(args),
         Command::Decode(args) => decode::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Reload(args) => reload::run(args),
         Command::Drain(args) => order::drain(args),
         Command::Disable(args) => order::disable(args),

@@ -124,6 +124,9 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
     if a.workers != b.workers {
         lines.say(&format!("workers {} -> {} (applies at the next start)", a.workers, b.workers));
     }
+    if a.pin_workers != b.pin_workers {
+        lines.say(&format!("pin_workers {} -> {} (applies at the next start)", a.pin_workers, b.pin_workers));
+    }
     lines.plain("max_connections", &a.max_connections, &b.max_connections);
     lines.duration("stop_delay", a.stop_delay, b.stop_delay);
     lines.duration("stop_timeout", a.stop_timeout, b.stop_timeout);
@@ -183,6 +186,7 @@ fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
     lines.plain("unhealthy_after_failed_connects", a, b);
     lines.duration("drain_timeout", old.drain_timeout, new.drain_timeout);
     lines.plain("on_unhealthy", &old.on_unhealthy, &new.on_unhealthy);
+    lines.plain("fast_open", &old.fast_open, &new.fast_open);
     lines.plain("when_none_healthy", &old.when_none_healthy, &new.when_none_healthy);
     match (&old.health_check, &new.health_check) {
         (None, None) => {}

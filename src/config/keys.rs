@@ -151,7 +151,12 @@ static RUNTIME: Table = Table {
             Default::Integer(0),
             "Threads that carry traffic; 0: one per CPU available, 16 at most. Read at start only.",
         ),
-        later("pin_workers"),
+        key(
+            "pin_workers",
+            Kind::Boolean,
+            Default::Boolean(false),
+            "Each worker on a processor of its own; for machines that do nothing else. Read at start only.",
+        ),
         key(
             "max_connections",
             Kind::Integer(0, CONNECTIONS_MAX),
@@ -370,7 +375,13 @@ static POOL: Table = Table {
             Default::Text("use_all"),
             "When no upstream is healthy, new connections go to all of them, or are reset.",
         ),
-        later("fast_open"),
+        key(
+            "fast_open",
+            Kind::Boolean,
+            Default::Boolean(false),
+            "TCP Fast Open: the header and the client's first bytes go out with the SYN once an upstream gave a cookie. \
+             An upstream must bear to get a SYN's bytes twice; its listening sockets need fast open, too.",
+        ),
         key("tlvs", Kind::Table(&TLVS), Default::None, TLVS.doc),
         key("health_check", Kind::Table(&HEALTH_CHECK), Default::None, HEALTH_CHECK.doc),
         key("upstreams", Kind::ListOrTexts(&UPSTREAM), Default::Required, UPSTREAM.doc),

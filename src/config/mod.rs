@@ -51,6 +51,8 @@ pub struct Config {
 pub struct Runtime {
     /// Threads that carry traffic; 0: one per CPU available, 16 at most. Read at start only.
     pub workers: usize,
+    /// Each worker on a processor of its own. Read at start only.
+    pub pin_workers: bool,
     /// All listeners together; 0: from the descriptor limit.
     pub max_connections: usize,
     /// After a stop signal: still accepting, this long.
@@ -199,6 +201,8 @@ pub struct Pool {
     pub on_unhealthy: OnUnhealthy,
     /// What a new connection gets when no upstream is healthy.
     pub when_none_healthy: WhenNoneHealthy,
+    /// TCP Fast Open towards the upstreams.
+    pub fast_open: bool,
     /// `None`: not checked.
     pub health_check: Option<HealthCheck>,
     /// TLVs of the pool; a listener's and an upstream's override them key by key.

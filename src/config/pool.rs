@@ -84,6 +84,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
             "close" => OnUnhealthy::Close,
             _ => OnUnhealthy::Keep,
         },
+        fast_open: section.boolean("fast_open").unwrap_or(false),
         when_none_healthy: match section.word("when_none_healthy") {
             "refuse" => WhenNoneHealthy::Refuse,
             _ => WhenNoneHealthy::UseAll,

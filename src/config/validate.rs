@@ -104,6 +104,7 @@ fn read(file: &Section<'_>) -> Config {
 fn runtime(section: &Section<'_>) -> Runtime {
     Runtime {
         workers: section.size("workers"),
+        pin_workers: section.boolean("pin_workers").unwrap_or(false),
         max_connections: section.size("max_connections"),
         stop_delay: section.duration("stop_delay"),
         stop_timeout: section.duration("stop_timeout"),

@@ -114,22 +114,24 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, acceptor: &Acceptor, listener:
     } else {
         None
     };
-    let record = Record::new(shared, life, client, open, in_source);
+    let mut record = Record::new(shared, life, client, acceptor.bound, open, in_source);
     if let Some(termination) = refusal {
         net::stream::reset(accepted.fd);
         record.end(termination);
         return;
     }
-    match Stream::new(accepted.fd) {
-        Ok(stream) => {
-            tokio::task::spawn_local(connection::serve(
-                stream,
-                acceptor.bound,
-                acceptor.slot,
-                Arc::clone(listener),
-                record,
-            ));
+    let Ok(stream) = Stream::new(accepted.fd) else {
+        record.end(Termination::LocalResources);
+        return;
+    };
+    // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
+    if acceptor.bound.ip().is_unspecified() {
+        match stream.local_address() {
+            Ok(local) => record.set_local(local),
+            // The client is gone already, and with it the address.
+            Err(_) => return record.end(Termination::ClientReset),
         }
-        Err(_) => record.end(Termination::LocalResources),
     }
+    shared.tick();
+    tokio::task::spawn_local(connection::serve(stream, acceptor.slot, Arc::clone(listener), record));
 }

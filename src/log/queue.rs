@@ -16,6 +16,9 @@ pub const QUEUE_BYTES_MAX: usize = 1024 * 1024;
 /// A line that comes to an idle writer waits this long for others to join its write.
 const GATHER: Duration = Duration::from_millis(10);
 
+/// So often in a row a writer finds nothing and gathers on: to wake an idle one costs the sender a system call.
+const EMPTY_ROUNDS_MAX: u32 = 10;
+
 /// With so much queued the writer gathers no longer.
 const GATHERED_BYTES_MAX: usize = QUEUE_BYTES_MAX / 4;
 
@@ -111,9 +114,7 @@ impl Queue {
             batch.clear();
             // One enormous burst must not keep its memory for ever.
             batch.shrink_to(GATHERED_BYTES_MAX);
-            let mut inner = self.lock();
-            inner.writer = Writer::Idle;
-            drop(inner);
+            self.lock().writer = Writer::Gathering;
             self.written.notify_all();
         }
     }
@@ -121,12 +122,22 @@ impl Queue {
     /// Wait for lines and exchange them for the empty `batch`.
     fn take(&self, batch: &mut Vec<u8>) -> u64 {
         let mut inner = self.lock();
-        inner.writer = Writer::Idle;
-        inner = self.filled.wait_while(inner, |inner| inner.lines.is_empty()).unwrap_or_else(PoisonError::into_inner);
-        inner.writer = Writer::Gathering;
         let is_gathering = |inner: &mut Inner| inner.lines.len() < GATHERED_BYTES_MAX && !inner.hurry;
-        (inner, _) =
-            self.filled.wait_timeout_while(inner, GATHER, is_gathering).unwrap_or_else(PoisonError::into_inner);
+        for empty_rounds in 0.. {
+            if empty_rounds >= EMPTY_ROUNDS_MAX {
+                inner.writer = Writer::Idle;
+                inner = self
+                    .filled
+                    .wait_while(inner, |inner| inner.lines.is_empty())
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            inner.writer = Writer::Gathering;
+            (inner, _) =
+                self.filled.wait_timeout_while(inner, GATHER, is_gathering).unwrap_or_else(PoisonError::into_inner);
+            if !inner.lines.is_empty() {
+                break;
+            }
+        }
         inner.writer = Writer::Writing;
         std::mem::swap(&mut inner.lines, batch);
         std::mem::take(&mut inner.line_count)

@@ -2,7 +2,7 @@
 //! are ours alone.
 
 use std::io;
-use std::mem::{self, MaybeUninit};
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -122,19 +122,7 @@ fn choose_port_at_connect(socket: &Socket) -> io::Result<()> {
 
 /// Has this socket, just connected, sent anything but SYNs? Where the kernel cannot say: yes.
 fn has_acknowledged(stream: &TcpStream) -> io::Result<bool> {
-    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-    let mut length = mem::size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the descriptor is open while `stream` is borrowed; the kernel writes at most `length` bytes to `info`,
-    // which is that large.
-    let result = unsafe {
-        libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut length)
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `tcp_info` is made of integers only, and was zeroed: every bit pattern is a value, also where an older
-    // kernel wrote less than the whole.
-    let info = unsafe { info.assume_init() };
+    let info = super::tcp_info(stream)?;
     // 0 segments: a kernel before 4.2, or another one than Linux; a SYN was certainly sent.
     Ok(info.tcpi_segs_out != 1 + info.tcpi_total_retrans)
 }

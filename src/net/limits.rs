@@ -1,6 +1,9 @@
 //! What the machine grants this process: descriptors and processors.
 
+use std::io;
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Raises the soft descriptor limit to the hard one and returns what is in force then.
 pub fn raise_descriptor_limit() -> usize {
@@ -36,6 +39,27 @@ pub fn local_ports() -> usize {
 pub fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(WORKERS_MAX)
 }
+
+/// The processors that this process may run on, by number.
+pub fn processors() -> Vec<usize> {
+    let Ok(allowed) = sched_getaffinity(None) else { return Vec::new() };
+    (0..CpuSet::MAX_CPU).filter(|processor| allowed.is_set(*processor)).collect()
+}
+
+/// Binds the calling thread to one processor.
+pub fn pin_thread(processor: usize) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Pipes that each worker may have open: an eighth of the descriptors at most, two for each pipe.
+pub fn pipes_max(descriptors: usize, workers: usize) -> usize {
+    (descriptors / 16 / workers.max(1)).min(PIPES_MAX)
+}
+
+/// Bounds what slow receivers of bulk hold in the kernel: 32 MiB a worker. Beyond it bytes are copied.
+const PIPES_MAX: usize = 128;
 
 /// More workers than this bring nothing to one address's accept queue.
 pub const WORKERS_MAX: usize = 16;

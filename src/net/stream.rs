@@ -1,63 +1,167 @@
 //! One TCP connection in a worker's event loop, with the few operations that the data path needs.
 
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketAddrAny};
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use super::splice::Pipe;
 
 /// A connected (or connecting) non-blocking TCP socket.
 #[derive(Debug)]
 pub struct Stream {
-    fd: AsyncFd<OwnedFd>,
+    fd: AsyncFd<Socket>,
 }
+
+/// The descriptor, and the options that a short connection never pays for.
+#[derive(Debug)]
+struct Socket {
+    fd: OwnedFd,
+    nodelay: Cell<NoDelay>,
+    /// Seconds until the first probe, to be set by `keep_alive`; 0: off, or inherited from the listener.
+    keepalive_secs: Cell<u16>,
+}
+
+/// When TCP_NODELAY is to be set. Only a second write can be held back by Nagle's algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoDelay {
+    BeforeSecondWrite,
+    BeforeThisWrite,
+    Set,
+}
+
+impl Socket {
+    fn before_write(&self) {
+        match self.nodelay.get() {
+            NoDelay::Set => {}
+            NoDelay::BeforeSecondWrite => self.nodelay.set(NoDelay::BeforeThisWrite),
+            NoDelay::BeforeThisWrite => {
+                // Without it small messages are late, but they come.
+                let _ = SockRef::from(&self.fd).set_tcp_nodelay(true);
+                self.nodelay.set(NoDelay::Set);
+            }
+        }
+    }
+}
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// How to connect.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectOptions {
+    /// Local address; `None`: the kernel's choice.
+    pub source: Option<IpAddr>,
+    /// Idle time before the first keepalive probe; `None`: off.
+    pub keepalive: Option<Duration>,
+    /// TCP_FASTOPEN_CONNECT.
+    pub fast_open: bool,
+}
+
+/// When the kernel sends the SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handshake {
+    /// It has.
+    Begun,
+    /// Together with the first bytes written (RFC 7413, section 2): the peer gave a cookie earlier.
+    WithFirstWrite,
+}
+
+/// `tcpi_state` of a socket whose SYN has not been answered.
+const TCP_SYN_SENT: u8 = 2;
 
 /// A wait for the peer's reset.
 pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 impl Stream {
-    /// Takes an accepted, non-blocking socket into the current runtime.
+    /// Takes an accepted, non-blocking socket into the current runtime. TCP_NODELAY and keepalive are the listener's.
     pub fn new(fd: OwnedFd) -> io::Result<Stream> {
-        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
-        // SAFETY: an OwnedFd refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(fd, interest)? } })
+        Stream::register(Socket { fd, nodelay: Cell::new(NoDelay::Set), keepalive_secs: Cell::new(0) })
     }
 
-    /// Starts to connect; `connected` tells the outcome.
-    pub fn connect(address: SocketAddr, source: Option<IpAddr>, keepalive: Option<Duration>) -> io::Result<Stream> {
-        let socket =
-            Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-        socket.set_tcp_nodelay(true)?;
-        if let Some(idle) = keepalive {
-            socket.set_tcp_keepalive(&super::keepalive(idle))?;
-        }
-        if let Some(source) = source {
+    fn register(socket: Socket) -> io::Result<Stream> {
+        let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+        // SAFETY: a Socket refers to the same open descriptor until it is dropped, which AsyncFd does last.
+        Ok(Stream { fd: unsafe { AsyncFd::register_with_interest(socket, interest)? } })
+    }
+
+    /// Starts to connect; `connected` tells the outcome, `keep_alive` starts keepalive probes.
+    pub fn connect(address: SocketAddr, options: &ConnectOptions) -> io::Result<(Stream, Handshake)> {
+        let socket = socket2::Socket::new(
+            Domain::for_address(address),
+            Type::STREAM.nonblocking().cloexec(),
+            Some(Protocol::TCP),
+        )?;
+        if let Some(source) = options.source {
             // The port is chosen at connect, per destination: 64k connections for each upstream instead of for all.
             super::set_option(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
             socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
         }
-        match socket.connect(&SockAddr::from(address)) {
-            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-            _ => {}
+        if options.fast_open {
+            // Not every kernel has it, and it is a hint.
+            let _ = super::set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1);
         }
-        Stream::new(OwnedFd::from(socket))
+        let handshake = match socket.connect(&SockAddr::from(address)) {
+            Ok(()) if options.fast_open => Handshake::WithFirstWrite,
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => Handshake::Begun,
+        };
+        let keepalive_secs =
+            options.keepalive.map_or(0, |idle| u16::try_from(idle.as_secs().max(1)).unwrap_or(u16::MAX));
+        let stream = Stream::register(Socket {
+            fd: OwnedFd::from(socket),
+            nodelay: Cell::new(NoDelay::BeforeSecondWrite),
+            keepalive_secs: Cell::new(keepalive_secs),
+        })?;
+        Ok((stream, handshake))
     }
 
     /// Waits until the handshake is over.
-    pub async fn connected(&self) -> io::Result<()> {
-        // The guard keeps its readiness: the socket is writable from here on.
-        let _ready = self.fd.writable().await?;
+    pub async fn connected(&self, handshake: Handshake) -> io::Result<()> {
+        loop {
+            // The guard keeps its readiness: the socket is writable from here on.
+            let mut ready = self.fd.writable().await?;
+            // epoll tells of a failure along with it; only then the socket has to be asked.
+            if ready.ready().is_write_closed() {
+                break;
+            }
+            // With a handshake that waits for the first write, a socket is writable before it has begun.
+            if handshake == Handshake::Begun || super::tcp_info(&self.fd)?.tcpi_state != TCP_SYN_SENT {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
         match SockRef::from(&self.fd).take_error()? {
             Some(error) => Err(error),
             None => Ok(()),
+        }
+    }
+
+    /// Starts the keepalive probes that `connect` was told of. Later than at connect, because they cost four system
+    /// calls that a connection of a few seconds has no use for.
+    pub fn keep_alive(&self) -> io::Result<()> {
+        match self.fd.get_ref().keepalive_secs.take() {
+            0 => Ok(()),
+            secs => SockRef::from(&self.fd).set_tcp_keepalive(&super::keepalive(Duration::from_secs(secs.into()))),
         }
     }
 
@@ -87,8 +191,60 @@ impl Stream {
         }
     }
 
-    /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then.
-    fn has_urgent_data(&self) -> bool {
+    /// Fills an empty pipe from the socket, at most with what it can hold; 0 is the end of the stream.
+    pub fn poll_fill(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_read_ready(cx))?;
+            match pipe.fill(self.fd.as_fd()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    /// Writes what the pipe holds, once. A short write means that the socket is full now.
+    pub fn poll_drain(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            self.fd.get_ref().before_write();
+            match pipe.drain(self.fd.as_fd()) {
+                Ok(count) => {
+                    if pipe.held() > 0 {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Reads once, whether the event loop knows of something to read or not. Pending does not mean to be woken.
+    pub fn read_now(&self, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match rustix::net::recv(self.fd.get_ref(), buffer, RecvFlags::empty()) {
+            Ok((_, count)) => Poll::Ready(Ok(count)),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error.into())),
+        }
+    }
+
+    /// Writes once, as `read_now` reads; also before the handshake, which it then begins.
+    pub fn write_now(&self, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.fd.get_ref().before_write();
+        match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
+            Ok(count) => Poll::Ready(Ok(count)),
+            // No cookie any more: the SYN is out, without a byte.
+            Err(rustix::io::Errno::INPROGRESS | rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error.into())),
+        }
+    }
+
+    /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then,
+    /// and splicing never gets past the mark.
+    pub fn has_urgent_data(&self) -> bool {
         // Looks at the readiness that epoll reported and makes no system call.
         self.fd.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
     }
@@ -97,6 +253,7 @@ impl Stream {
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_write_ready(cx))?;
+            self.fd.get_ref().before_write();
             match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     if count < bytes.len() {
@@ -126,19 +283,11 @@ impl Stream {
 
     /// Bytes written that the peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
     pub fn unacknowledged(&self) -> Option<usize> {
-        let mut count = MaybeUninit::<libc::c_int>::zeroed();
-        // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int to the pointer, which is valid and initialised to zero.
-        let count = unsafe {
-            if libc::ioctl(self.fd.get_ref().as_raw_fd(), libc::TIOCOUTQ, count.as_mut_ptr()) != 0 {
-                return None;
-            }
-            count.assume_init()
-        };
-        usize::try_from(count).ok()
+        unacknowledged(self.fd.get_ref())
     }
 
-    /// Closes with RST: the peer must not take what it got for the whole.
-    pub fn reset(self) {
+    /// Closes with RST as soon as it is dropped: the peer must not take what it got for the whole.
+    pub fn reset_when_closed(&self) {
         // Should the option fail, the socket is closed with FIN: there is no other way to send a reset.
         let _ = SockRef::from(&self.fd).set_linger(Some(Duration::ZERO));
     }
@@ -147,4 +296,17 @@ impl Stream {
 /// Closes an accepted socket with RST before it ever became a `Stream`.
 pub fn reset(fd: OwnedFd) {
     let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
+}
+
+/// Bytes written to a TCP socket that its peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
+pub fn unacknowledged(socket: &impl AsFd) -> Option<usize> {
+    let mut count = MaybeUninit::<libc::c_int>::zeroed();
+    // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int to the pointer, which is valid and initialised to zero.
+    let count = unsafe {
+        if libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, count.as_mut_ptr()) != 0 {
+            return None;
+        }
+        count.assume_init()
+    };
+    usize::try_from(count).ok()
 }

@@ -1,7 +1,7 @@
 //! Version 1: one line of text (section 2.1).
 
-use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 
 use super::error::{DecodeError, EncodeError};
 use super::{Addresses, Command, Decoded, Header, Transport, Version, to_v6};
@@ -29,19 +29,122 @@ pub fn encode(out: &mut Vec<u8>, addresses: &Addresses) -> Result<(), EncodeErro
         Addresses::Unix { .. } => return Err(EncodeError::V1Unix),
         Addresses::Inet { transport: Transport::Dgram, .. } => return Err(EncodeError::V1Dgram),
         Addresses::Inet { source, destination, transport: Transport::Stream } => {
-            let (from, to) = (source.port(), destination.port());
-            let written = match (source.ip(), destination.ip()) {
+            let mut line = Line::default();
+            match (source.ip(), destination.ip()) {
                 (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                    write!(out, "PROXY TCP4 {source} {destination} {from} {to}\r\n")
+                    line.text(b"PROXY TCP4 ");
+                    line.ipv4(source);
+                    line.text(b" ");
+                    line.ipv4(destination);
                 }
                 (source, destination) => {
-                    write!(out, "PROXY TCP6 {} {} {from} {to}\r\n", to_v6(source), to_v6(destination))
+                    line.text(b"PROXY TCP6 ");
+                    line.ipv6(to_v6(source));
+                    line.text(b" ");
+                    line.ipv6(to_v6(destination));
                 }
-            };
-            written.expect("writing to a Vec cannot fail");
+            }
+            line.text(b" ");
+            line.decimal(source.port());
+            line.text(b" ");
+            line.decimal(destination.port());
+            line.text(b"\r\n");
+            out.extend_from_slice(&line.bytes[..line.length]);
         }
     }
     Ok(())
+}
+
+/// A line under construction. `write!` takes several times as long, and every connection waits for its header.
+struct Line {
+    bytes: [u8; LINE_BYTES_MAX],
+    length: usize,
+}
+
+impl Default for Line {
+    fn default() -> Line {
+        Line { bytes: [0; LINE_BYTES_MAX], length: 0 }
+    }
+}
+
+impl Line {
+    fn text(&mut self, text: &[u8]) {
+        self.bytes[self.length..self.length + text.len()].copy_from_slice(text);
+        self.length += text.len();
+    }
+
+    fn digit(&mut self, value: u16) {
+        self.bytes[self.length] = b"0123456789abcdef"[usize::from(value & 15)];
+        self.length += 1;
+    }
+
+    /// "must not have leading zeroes" (section 2.1)
+    fn decimal(&mut self, value: u16) {
+        for power in [10_000, 1000, 100, 10] {
+            if value >= power {
+                self.digit(value / power % 10);
+            }
+        }
+        self.digit(value % 10);
+    }
+
+    fn hexadecimal(&mut self, value: u16) {
+        for shift in [12, 8, 4] {
+            if value >> shift != 0 {
+                self.digit(value >> shift);
+            }
+        }
+        self.digit(value);
+    }
+
+    fn ipv4(&mut self, ip: Ipv4Addr) {
+        let [first, rest @ ..] = ip.octets();
+        self.decimal(first.into());
+        for octet in rest {
+            self.text(b".");
+            self.decimal(octet.into());
+        }
+    }
+
+    /// As RFC 5952 says: the first of the longest runs of zeroes is `::`, a mapped address ends in IPv4's form.
+    fn ipv6(&mut self, ip: Ipv6Addr) {
+        if let Some(ipv4) = ip.to_ipv4_mapped() {
+            self.text(b"::ffff:");
+            return self.ipv4(ipv4);
+        }
+        let groups = ip.segments();
+        let zeroes = longest_zeroes(&groups);
+        if zeroes.len() < 2 {
+            return self.groups(&groups);
+        }
+        self.groups(&groups[..zeroes.start]);
+        self.text(b"::");
+        self.groups(&groups[zeroes.end..]);
+    }
+
+    fn groups(&mut self, groups: &[u16]) {
+        for (index, group) in groups.iter().enumerate() {
+            if index > 0 {
+                self.text(b":");
+            }
+            self.hexadecimal(*group);
+        }
+    }
+}
+
+/// The first of the longest runs of zeroes.
+fn longest_zeroes(groups: &[u16; 8]) -> Range<usize> {
+    let (mut longest, mut run) = (0..0, 0..0);
+    for (index, group) in groups.iter().enumerate() {
+        match group {
+            0 => run.end = index + 1,
+            _ => run = index + 1..index + 1,
+        }
+        if run.len() > longest.len() {
+            longest = run.clone();
+        }
+    }
+    longest
 }
 
 /// Reads a line; `bytes` begins with `P`.
@@ -194,5 +297,80 @@ fn port(bytes: &[u8], at: usize, name: &'static str, ends: u8) -> Result<Field<u
         (None, _) => text.parse::<u16>().map(|_| Field::Part { needed: 0 }).map_err(|_| error()),
         (Some(end), _) if bytes[end] != ends => Err(DecodeError::V1LineEnd { at: end, byte: bytes[end] }),
         (Some(end), _) => text.parse().map(|port| Field::Whole(port, end)).map_err(|_| error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The line as the standard library formats it.
+    fn formatted(source: SocketAddr, destination: SocketAddr) -> String {
+        let (from, to) = (source.port(), destination.port());
+        match (source.ip(), destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                format!("PROXY TCP4 {source} {destination} {from} {to}\r\n")
+            }
+            (source, destination) => {
+                format!("PROXY TCP6 {} {} {from} {to}\r\n", to_v6(source), to_v6(destination))
+            }
+        }
+    }
+
+    #[track_caller]
+    fn assert_formatted(source: SocketAddr, destination: SocketAddr) {
+        let mut out = b"before".to_vec();
+        encode(&mut out, &Addresses::Inet { source, destination, transport: Transport::Stream }).unwrap();
+        let line = formatted(source, destination);
+        assert_eq!(String::from_utf8(out).unwrap(), format!("before{line}"));
+        assert!(line.len() <= if line.starts_with("PROXY TCP4") { TCP4_BYTES_MAX } else { TCP6_BYTES_MAX });
+    }
+
+    #[test]
+    fn every_port_and_every_octet_is_written_as_the_standard_library_does() {
+        for port in 0..=u16::MAX {
+            let octet = (port >> 8) as u8;
+            let source = SocketAddr::from(([octet, port as u8, !octet, 0], port));
+            assert_formatted(source, SocketAddr::from(([255, 255, 255, 255], !port)));
+        }
+    }
+
+    #[test]
+    fn every_group_of_ipv6_is_written_as_the_standard_library_does() {
+        let destination = SocketAddr::from(([0xffff; 8], u16::MAX));
+        for group in 0..=u16::MAX {
+            let mut groups = [0x2001, 0xdb8, 0, 0, 1, 0, 0, 1];
+            groups[usize::from(group % 8)] = group;
+            assert_formatted(SocketAddr::from((groups, 1)), destination);
+        }
+    }
+
+    #[test]
+    fn zeroes_anywhere_in_ipv6_are_written_as_the_standard_library_does() {
+        // Mixed families and mapped addresses among them.
+        let ipv4 = SocketAddr::from(([192, 0, 2, 1], 80));
+        for zeroes in 0..=u8::MAX {
+            for other in [1_u16, 0xffff] {
+                let groups = std::array::from_fn(|index| if zeroes & 1 << index == 0 { other } else { 0 });
+                let address = SocketAddr::from((groups, 443));
+                assert_formatted(address, address);
+                assert_formatted(ipv4, address);
+                assert_formatted(address, ipv4);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_addresses_are_written_as_the_standard_library_does(
+            ipv4: [[u8; 4]; 2],
+            ipv6 in proptest::array::uniform2(proptest::array::uniform8(prop_oneof![Just(0), Just(0xffff), any::<u16>()])),
+            ports: [u16; 2],
+        ) {
+            assert_formatted((ipv4[0], ports[0]).into(), (ipv4[1], ports[1]).into());
+            assert_formatted((ipv6[0], ports[0]).into(), (ipv6[1], ports[1]).into());
+            assert_formatted((ipv4[0], ports[0]).into(), (ipv6[1], ports[1]).into());
+        }
     }
 }

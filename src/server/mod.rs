@@ -30,7 +30,7 @@ use crate::net;
 use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
-use crate::worker::{Message, Worker};
+use crate::worker::{Message, Place, Worker};
 use state::State;
 use watch::{ContentHash, Watch};
 
@@ -114,10 +114,13 @@ fn start_state(
         count => count,
     };
     let probes = Arc::new(Probes::new(count, Instant::now()));
+    let processors = if config.runtime.pin_workers { limits::processors() } else { Vec::new() };
     let mut workers = Vec::with_capacity(count);
     for number in 0..count {
         let (snapshot, open) = (Arc::clone(&snapshot), Arc::clone(&open));
-        let worker = Worker::start(number, snapshot, open, handle.clone(), log.sender(), Arc::clone(&probes));
+        let processor = processors.get(number % processors.len().max(1)).copied();
+        let place = Place { number, processor, pipes_max: limits::pipes_max(descriptors, count) };
+        let worker = Worker::start(place, snapshot, open, handle.clone(), log.sender(), Arc::clone(&probes));
         workers.push(worker.context("cannot start a worker thread; see ulimit -u and the cgroup's pids.max")?);
     }
     let nothing = Config { listeners: BTreeMap::new(), pools: BTreeMap::new(), ..config.clone() };

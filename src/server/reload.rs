@@ -14,6 +14,7 @@ use crate::config::error::Style;
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
 use crate::net::datagram;
+use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
 use crate::server::state::{Deadline, State, renamed_pools, upstream_keys};
@@ -127,7 +128,9 @@ impl State {
     fn connections_max(&self) -> usize {
         match self.config.runtime.max_connections {
             0 => {
-                let reserved = 64 + 16 * self.workers.len() + self.config.listeners.len();
+                let workers = self.workers.len();
+                let for_each_worker = 16 + 2 * limits::pipes_max(self.descriptors, workers);
+                let reserved = 64 + for_each_worker * workers + self.config.listeners.len();
                 (self.descriptors.saturating_sub(reserved) / 2).max(1)
             }
             limit => limit,

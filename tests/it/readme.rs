@@ -164,6 +164,18 @@ fn the_log_fields_are_the_code() {
     assert_eq!(keys(&sample), keys(&line), "the sample line");
 }
 
+#[test]
+fn the_table_of_alerts_is_the_file() {
+    let alerts = include_str!("../../deploy/monitoring/alerts.yaml");
+    let lines = || alerts.lines().map(str::trim);
+    let names = lines().filter_map(|line| line.strip_prefix("- alert: "));
+    let severities = lines().filter_map(|line| line.strip_prefix("labels: { severity: ")?.strip_suffix(" }"));
+    let known: Vec<(String, String)> = names.zip(severities).map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
+    let rows = table("| alert | severity | fires when |").into_iter();
+    let documented: Vec<_> = rows.map(|row| (row[0].trim_matches('`').to_owned(), row[1].clone())).collect();
+    assert_eq!(documented, known);
+}
+
 /// The names are read from the code that writes them, so a metric that nobody documented fails here.
 #[test]
 fn the_table_of_metrics_is_the_code() {

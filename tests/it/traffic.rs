@@ -2,14 +2,16 @@
 //! passed on as what they were. The upstream is a socket in the test's own hands.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use preface::net::stream::unacknowledged;
 use preface::proxy_protocol::{self, Decoded, Header};
 use rustix::process::Signal;
 use socket2::SockRef;
 
-use crate::support::{Balancer, DEADLINE, client, eventually, preface};
+use crate::support::user::User;
+use crate::support::{Balancer, DEADLINE, client, eventually, preface, preface_as};
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
@@ -28,13 +30,24 @@ impl Lane {
     /// With further lines for the listener and for the pool.
     #[track_caller]
     pub fn with(listener: &str, pool: &str) -> Lane {
+        Lane::started(preface, listener, pool)
+    }
+
+    /// Whose balancer another user runs.
+    #[track_caller]
+    pub fn of_user(user: &User) -> Lane {
+        Lane::started(|config| preface_as(user, config), "", "")
+    }
+
+    #[track_caller]
+    fn started(start: impl FnOnce(&str) -> Balancer, listener: &str, pool: &str) -> Lane {
         let upstream = listen();
         let address = upstream.local_addr().unwrap();
         let config = format!(
             "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"test\"\n{listener}\n\
              [pools.test]\nproxy_protocol = \"v2\"\nupstreams = [\"{address}\"]\n{pool}\n"
         );
-        Lane { balancer: preface(&config), upstream }
+        Lane { balancer: start(&config), upstream }
     }
 
     /// A client's connection and its other end, behind the header, which named the client.
@@ -132,20 +145,7 @@ fn read_slowly(stream: &mut TcpStream, piece: usize, pause: Duration) -> (Vec<u8
 /// Waits until the other end's kernel has everything that was written to `stream`.
 #[track_caller]
 fn wait_until_taken(stream: &TcpStream) {
-    let (local, peer) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
-    eventually("the send queue is empty", || (send_queue(local, peer)? == 0).then_some(()));
-}
-
-/// What an IPv4 socket of this machine has sent and the other end not acknowledged.
-fn send_queue(local: SocketAddr, peer: SocketAddr) -> Option<usize> {
-    let hex = |address: SocketAddr| match address {
-        SocketAddr::V4(v4) => format!("{:08X}:{:04X}", u32::from_ne_bytes(v4.ip().octets()), v4.port()),
-        SocketAddr::V6(_) => panic!("{address}: only IPv4 here"),
-    };
-    let table = std::fs::read_to_string("/proc/net/tcp").expect("/proc/net/tcp");
-    let row = format!("{} {} ", hex(local), hex(peer));
-    let queues = table.split_once(&row)?.1.split(' ').nth(1)?;
-    usize::from_str_radix(queues.split(':').next()?, 16).ok()
+    eventually("the send queue is empty", || (unacknowledged(stream)? == 0).then_some(()));
 }
 
 /// Stops the balancer in its tracks, so that what happens meanwhile is there already when it looks.

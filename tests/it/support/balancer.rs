@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use super::http::{self, Response};
 use super::netns::Namespace;
 use super::ports::free_port;
+use super::user::User;
 use super::{DEADLINE, Output, Process, client, eventually};
 
 /// A running preface. Killed on drop.
@@ -28,19 +29,26 @@ pub struct Balancer {
 /// keep it over `rewrite_config`. The admin API is on a UNIX socket; the text may hold an `[admin]` table without `bind`.
 #[track_caller]
 pub fn preface(config: &str) -> Balancer {
-    Balancer::start(Command::new(env!("CARGO_BIN_EXE_preface")), config)
+    Balancer::start(|_| Command::new(env!("CARGO_BIN_EXE_preface")), config)
 }
 
 /// `preface` in a network namespace.
 #[track_caller]
 pub fn preface_in(namespace: &Namespace, config: &str) -> Balancer {
-    Balancer::start(namespace.command(env!("CARGO_BIN_EXE_preface")), config)
+    Balancer::start(|_| namespace.command(env!("CARGO_BIN_EXE_preface")), config)
+}
+
+/// `preface` as another user.
+#[track_caller]
+pub fn preface_as(user: &User, config: &str) -> Balancer {
+    Balancer::start(|directory| user.command(Path::new(env!("CARGO_BIN_EXE_preface")), directory), config)
 }
 
 impl Balancer {
     #[track_caller]
-    fn start(mut command: Command, config: &str) -> Balancer {
+    fn start(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
         let directory = tempfile::tempdir().expect("a temporary directory");
+        let mut command = command(directory.path());
         let mut ports = BTreeMap::new();
         let file = directory.path().join("preface.toml");
         let config = complete(config, directory.path(), &mut ports);

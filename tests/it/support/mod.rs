@@ -7,18 +7,20 @@ pub mod configmap;
 pub mod datagrams;
 pub mod dns;
 pub mod http;
+pub mod more_peers;
 pub mod netns;
 pub mod peers;
 pub mod ports;
 mod process;
 pub mod receiver;
+pub mod user;
 
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use balancer::{Balancer, preface, preface_in};
+pub use balancer::{Balancer, preface, preface_as, preface_in};
 pub use process::{Output, Process};
 pub use receiver::{Arrival, Receiver};
 

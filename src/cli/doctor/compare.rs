@@ -1,0 +1,239 @@
+//! PURE. Every upstream of a configuration, what was found there, and which line of the file to change.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+
+use toml::de::DeTable;
+
+use super::advice::{Configured, Place, Problem, problems, sent_by};
+use super::judge::{Diagnosis, Expectation};
+use super::tries::Question;
+use crate::config::{Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs};
+
+/// Who meets the upstream at this address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Clients' connections, and checks on the same port.
+    Traffic,
+    /// Checks on a port of their own.
+    Check,
+}
+
+/// One address to examine, and what the file says about it.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Name of the pool.
+    pub pool: String,
+    /// Which of its upstreams.
+    pub index: usize,
+    /// Its address, with the listener's port where it has none of its own.
+    pub address: SocketAddr,
+    /// Who connects there.
+    pub role: Role,
+    /// The pool's first source address.
+    pub source: Option<IpAddr>,
+    /// What is asked.
+    pub question: Question,
+    /// The question is not from the file.
+    pub guessed: bool,
+    /// What goes with v2 headers.
+    pub tlvs: Tlvs,
+    /// What the file says.
+    pub configured: Configured,
+}
+
+impl Target {
+    /// One examination will do for both.
+    pub fn asks_the_same_as(&self, other: &Target) -> bool {
+        self.address == other.address
+            && self.source == other.source
+            && self.question == other.question
+            && (self.configured.tlvs, &self.tlvs) == (other.configured.tlvs, &other.tlvs)
+    }
+
+    /// In a column of a table.
+    pub fn describe_configured(&self) -> String {
+        match (self.role, &self.configured.check) {
+            (Role::Check, Some(check)) => format!("check: {}", sent_by(check, self.configured.version).name()),
+            _ => self.configured.describe(),
+        }
+    }
+}
+
+/// What was found at one target.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// What was examined.
+    pub target: Target,
+    /// What came out.
+    pub diagnosis: Diagnosis,
+    /// Where file and upstream disagree.
+    pub problems: Vec<Problem>,
+    /// For each problem, what to do with the file.
+    pub changes: Vec<Change>,
+}
+
+/// One change of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// What is wrong.
+    pub what: String,
+    /// `FILE:LINE`, or the table.
+    pub place: String,
+    /// What stands there now, if it is written.
+    pub now: Option<String>,
+    /// What to write; `None`: take it out.
+    pub then: Option<String>,
+}
+
+impl Finding {
+    /// Compares.
+    pub fn new(target: Target, diagnosis: Diagnosis) -> Finding {
+        let mut problems = problems(&target.configured, &diagnosis);
+        if target.role == Role::Check {
+            problems.retain(|problem| problem.place == Place::HealthCheck);
+        }
+        Finding { target, diagnosis, problems, changes: Vec::new() }
+    }
+
+    /// There was no conclusion.
+    pub fn is_unjudged(&self) -> bool {
+        matches!(self.diagnosis.expects, Expectation::Unclear(_) | Expectation::Unreachable(_))
+    }
+
+    /// One word for a table and for machines.
+    pub fn verdict(&self) -> &'static str {
+        match (self.is_unjudged(), self.problems.is_empty()) {
+            (true, _) => "not judged",
+            (false, true) => "ok",
+            (false, false) => "mismatch",
+        }
+    }
+}
+
+/// Everything that preface would connect to, in the order of pools and upstreams.
+pub fn targets(config: &Config) -> Vec<Target> {
+    let mut found = Vec::new();
+    for pool in config.pools.values() {
+        let listeners: Vec<_> = config.listeners.values().filter(|listener| listener.pool == pool.name).collect();
+        for (index, upstream) in pool.upstreams.iter().enumerate() {
+            let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
+            let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
+            let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).map(|bind| bind.address.port());
+            let ports: BTreeSet<u16> = upstream.port.map_or_else(|| of_listeners.collect(), |port| [port].into());
+            let check_port = pool.health_check.as_ref().and_then(|check| check.port);
+            let new = |port, role, check: Option<&HealthCheck>| {
+                let (question, guessed) = question(check, port);
+                let address = SocketAddr::new(upstream.ip, port);
+                let has_tlvs = tlvs != Tlvs::default();
+                let configured = Configured {
+                    version: upstream.proxy_protocol.and_then(HeaderFormat::version),
+                    tlvs: has_tlvs,
+                    check: check.cloned(),
+                };
+                let (pool, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
+                Target { pool, index, address, role, source, question, guessed, tlvs, configured }
+            };
+            for port in &ports {
+                let check = pool.health_check.as_ref().filter(|_| check_port.is_none_or(|own| own == *port));
+                found.push(new(*port, Role::Traffic, check));
+            }
+            if let Some(port) = check_port.filter(|port| !ports.contains(port)) {
+                found.push(new(port, Role::Check, pool.health_check.as_ref()));
+            }
+        }
+    }
+    found
+}
+
+fn source(pool: &Pool, upstream: IpAddr) -> Option<IpAddr> {
+    pool.source.iter().copied().find(|source| source.is_ipv4() == upstream.is_ipv4())
+}
+
+/// The check's own question where it asks one.
+fn question(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
+    match check.map(|check| &check.probe) {
+        Some(Probe::Http { path, host, .. }) => (Question::Http { path: path.clone(), host: host.clone() }, false),
+        Some(Probe::Tcp { send, expect }) if !expect.is_empty() => {
+            (Question::Given { send: send.clone(), expect: expect.clone() }, false)
+        }
+        _ => (Question::usual(port), true),
+    }
+}
+
+/// Finds the place of each change in the file.
+pub fn with_changes(mut findings: Vec<Finding>, file: &str, text: &str) -> Vec<Finding> {
+    let (document, _) = DeTable::parse_recoverable(text);
+    let all = findings.clone();
+    for finding in &mut findings {
+        let is_of_whole_pool = |problem: &Problem| {
+            let same = |other: &&Finding| {
+                (&other.target.pool, other.target.role) == (&finding.target.pool, finding.target.role)
+            };
+            let agrees = |other: &Finding| {
+                let mut own = other.problems.iter();
+                other.is_unjudged() || own.any(|own| (own.key, own.value) == (problem.key, problem.value))
+            };
+            all.iter().filter(same).all(agrees)
+        };
+        let changes = finding.problems.iter().map(|problem| {
+            let place = Written { document: document.get_ref(), file, text };
+            place.change(&finding.target, problem, is_of_whole_pool(problem))
+        });
+        finding.changes = changes.collect();
+    }
+    findings
+}
+
+/// The file as written.
+struct Written<'a> {
+    document: &'a DeTable<'a>,
+    file: &'a str,
+    text: &'a str,
+}
+
+impl Written<'_> {
+    fn change(&self, target: &Target, problem: &Problem, is_of_whole_pool: bool) -> Change {
+        let what = problem.what.clone();
+        let then = problem.value.map(|value| format!("{} = \"{value}\"", problem.key));
+        let Some(then) = then else {
+            let place = format!("the {} of pool {}, of this upstream or of the listener", problem.key, target.pool);
+            return Change { what, place, now: None, then: None };
+        };
+        let pool = self.document.get("pools").and_then(|pools| pools.get_ref().get(target.pool.as_str()));
+        let pool = pool.and_then(|pool| pool.get_ref().as_table());
+        let upstream = pool.and_then(|pool| pool.get("upstreams")?.get_ref().as_array()?.get(target.index));
+        let own = upstream.and_then(|upstream| upstream.get_ref().as_table());
+        let check = pool.and_then(|pool| pool.get("health_check")?.get_ref().as_table());
+        let table = match problem.place {
+            Place::HealthCheck => check,
+            Place::Upstream if own.is_some_and(|own| own.contains_key(problem.key)) => own,
+            Place::Upstream if is_of_whole_pool => pool,
+            Place::Upstream => None,
+        };
+        if let Some((key, value)) = table.and_then(|table| table.get_key_value(problem.key)) {
+            let (from, to) = (key.span().start, value.span().end);
+            let now = self.text.get(from..to).map(str::to_owned);
+            return Change { what, place: self.line(from), now, then: Some(then) };
+        }
+        let (place, then) = match (problem.place, upstream.filter(|_| !is_of_whole_pool)) {
+            (Place::HealthCheck, _) => (format!("[pools.{}.health_check]", target.pool), then),
+            (Place::Upstream, None) => (format!("[pools.{}]", target.pool), then),
+            (Place::Upstream, Some(upstream)) => {
+                let place = self.line(upstream.span().start);
+                match upstream.get_ref().as_str() {
+                    Some(address) => {
+                        (format!("{place}, for {address:?}"), format!("{{ address = {address:?}, {then} }}"))
+                    }
+                    None => (format!("{place}, in this upstream's table"), then),
+                }
+            }
+        };
+        Change { what, place, now: None, then: Some(then) }
+    }
+
+    /// `FILE:LINE`
+    fn line(&self, at: usize) -> String {
+        format!("{}:{}", self.file, 1 + self.text[..at].matches('\n').count())
+    }
+}

@@ -1,0 +1,273 @@
+//! What is kept of an open connection: what others may see of it and say to it, and the record of how it ended.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+use ulid::Ulid;
+
+use super::Shared;
+use crate::config::{HeaderFormat, LogConnections};
+use crate::drain::OpenConnection;
+use crate::log::{self, ConnectionLine};
+use crate::pool::UpstreamLife;
+use crate::relay::Observer;
+use crate::snapshot::ListenerLife;
+use crate::termination::Termination;
+
+/// The open connections of a worker.
+#[derive(Default)]
+pub(super) struct Registry {
+    entries: Vec<Option<Rc<Entry>>>,
+    free: Vec<usize>,
+}
+
+impl Registry {
+    pub(super) fn insert(&mut self, entry: Rc<Entry>) -> usize {
+        match self.free.pop() {
+            Some(index) => {
+                self.entries[index] = Some(entry);
+                index
+            }
+            None => {
+                self.entries.push(Some(entry));
+                self.entries.len() - 1
+            }
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        self.entries[index] = None;
+        self.free.push(index);
+    }
+
+    pub(super) fn each(&self, mut visit: impl FnMut(&Entry)) {
+        self.entries.iter().flatten().for_each(|entry| visit(entry));
+    }
+}
+
+/// What others may see of a connection, and say to it.
+pub(super) struct Entry {
+    listener: Arc<ListenerLife>,
+    pub(super) upstream: RefCell<Option<Arc<UpstreamLife>>>,
+    bytes_in: Cell<u64>,
+    bytes_out: Cell<u64>,
+    folded_in: Cell<u64>,
+    folded_out: Cell<u64>,
+    started: Instant,
+    first_byte: Cell<Option<Duration>>,
+    pub(super) ordered: Cell<Option<Termination>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Entry {
+    pub(super) fn fold(&self) {
+        let bytes_in = self.bytes_in.get() - self.folded_in.replace(self.bytes_in.get());
+        let bytes_out = self.bytes_out.get() - self.folded_out.replace(self.bytes_out.get());
+        if bytes_in + bytes_out == 0 {
+            return;
+        }
+        self.listener.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
+        self.listener.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
+        if let Some(upstream) = &*self.upstream.borrow() {
+            upstream.counters.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
+            upstream.counters.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn order(&self, termination: Termination) {
+        self.ordered.set(Some(termination));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+impl Entry {
+    /// Completes when it is ordered to end.
+    pub(super) async fn ordered(&self) -> Termination {
+        poll_fn(|cx| self.poll_ordered(cx).map_or(Poll::Pending, Poll::Ready)).await
+    }
+}
+
+impl Observer for Entry {
+    fn to_upstream(&self, count: usize) {
+        self.bytes_in.set(self.bytes_in.get() + count as u64);
+    }
+
+    fn to_client(&self, count: usize) {
+        if count > 0 && self.first_byte.get().is_none() {
+            self.first_byte.set(Some(self.started.elapsed()));
+        }
+        self.bytes_out.set(self.bytes_out.get() + count as u64);
+    }
+
+    fn poll_ordered(&self, cx: &mut Context<'_>) -> Option<Termination> {
+        let mut waker = self.waker.borrow_mut();
+        if waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+            *waker = Some(cx.waker().clone());
+        }
+        self.ordered.get()
+    }
+}
+
+/// A connection from its admission to its end. Dropped without `end`, it counts as a panic.
+pub struct Record {
+    pub(super) shared: Rc<Shared>,
+    pub(super) entry: Rc<Entry>,
+    index: usize,
+    /// As bytes: a `Ulid` would be aligned to 16.
+    id: [u8; 16],
+    pub(super) client: SocketAddr,
+    pub(super) local: SocketAddr,
+    pool: Option<Arc<str>>,
+    header: Option<&'static str>,
+    connect: Option<Duration>,
+    attempts: u32,
+    in_source: bool,
+    ended: bool,
+    open: Option<OpenConnection>,
+}
+
+impl Record {
+    /// Takes over what the connection counts as: one among the listener's, `open` among the process's, and with
+    /// `in_source` one among its source's. All are given back at its end. `local` is what the client connected to, or the
+    /// wildcard where that isn't known yet.
+    pub fn new(
+        shared: &Rc<Shared>,
+        listener: &Arc<ListenerLife>,
+        client: SocketAddr,
+        local: SocketAddr,
+        open: Option<OpenConnection>,
+        in_source: bool,
+    ) -> Record {
+        let entry = Rc::new(Entry {
+            listener: Arc::clone(listener),
+            upstream: RefCell::default(),
+            bytes_in: Cell::default(),
+            bytes_out: Cell::default(),
+            folded_in: Cell::default(),
+            folded_out: Cell::default(),
+            started: Instant::now(),
+            first_byte: Cell::default(),
+            ordered: Cell::default(),
+            waker: RefCell::default(),
+        });
+        let index = shared.registry.borrow_mut().insert(Rc::clone(&entry));
+        let record = Record {
+            shared: Rc::clone(shared),
+            entry,
+            index,
+            id: new_id().to_bytes(),
+            client,
+            local,
+            pool: None,
+            header: None,
+            connect: None,
+            attempts: 0,
+            in_source,
+            ended: false,
+            open,
+        };
+        if shared.with_snapshot(|snapshot| snapshot.log_connections == Some(LogConnections::StartAndEnd)) {
+            let (format, now, mut id) = (shared.log.format(), SystemTime::now(), [0; ulid::ULID_LEN]);
+            let line = log::connection_start_line(format, now, record.id(&mut id), &listener.name, client);
+            shared.log.send(line.as_bytes());
+        }
+        record
+    }
+
+    /// Replaces a wildcard by the address that the client connected to.
+    pub fn set_local(&mut self, local: SocketAddr) {
+        self.local = local;
+    }
+
+    /// Another attempt begins, at this upstream.
+    pub(super) fn attempt(&mut self, pool: &Arc<str>, life: &Arc<UpstreamLife>) {
+        self.attempts += 1;
+        self.pool = Some(Arc::clone(pool));
+        *self.entry.upstream.borrow_mut() = Some(Arc::clone(life));
+    }
+
+    /// The upstream was connected to in this time, and has the header.
+    pub(super) fn introduced(&mut self, connect_time: Duration, format: Option<HeaderFormat>) {
+        self.connect = Some(connect_time);
+        self.header = Some(format.map_or("off", HeaderFormat::as_str));
+        if let Some(format) = format {
+            self.entry.listener.headers[format as usize].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The connection's ULID as text, in `buffer`.
+    pub(super) fn id<'a>(&self, buffer: &'a mut [u8; ulid::ULID_LEN]) -> &'a str {
+        Ulid::from_bytes(self.id).array_to_str(buffer)
+    }
+
+    /// Counts and logs the end.
+    pub fn end(mut self, termination: Termination) {
+        self.finish(termination);
+    }
+
+    fn finish(&mut self, termination: Termination) {
+        self.ended = true;
+        let listener = &self.entry.listener;
+        self.entry.fold();
+        self.shared.registry.borrow_mut().remove(self.index);
+        listener.ended(termination);
+        listener.open.fetch_sub(1, Ordering::Relaxed);
+        if self.in_source {
+            listener.leave_source(self.client.ip());
+        }
+        let wanted = self.shared.with_snapshot(|snapshot| match snapshot.log_connections {
+            Some(LogConnections::Off) => false,
+            Some(LogConnections::Errors) => !termination.is_regular(),
+            _ => true,
+        });
+        if wanted {
+            self.log(termination);
+        }
+        self.open = None;
+    }
+
+    fn log(&self, termination: Termination) {
+        let mut id = [0; ulid::ULID_LEN];
+        let line = ConnectionLine {
+            time: SystemTime::now(),
+            id: self.id(&mut id),
+            listener: &self.entry.listener.name,
+            client: self.client,
+            local: (!self.local.ip().is_unspecified()).then_some(self.local),
+            pool: self.pool.as_deref(),
+            upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
+            header: self.header,
+            bytes_in: self.entry.bytes_in.get(),
+            bytes_out: self.entry.bytes_out.get(),
+            connect: self.connect,
+            first_byte: self.entry.first_byte.get(),
+            duration: self.entry.started.elapsed(),
+            attempts: self.attempts,
+            end: termination,
+        };
+        self.shared.log.send(log::connection_line(self.shared.log.format(), &line).as_bytes());
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.finish(Termination::Panic);
+        }
+    }
+}
+
+/// An id that sorts by time; as text 26 ASCII characters.
+pub fn new_id() -> Ulid {
+    let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..))
+}
