@@ -427,6 +427,7 @@ impl Attempt<'_> {
     }
 }
 
+/// Counts it against the upstream, and tells the control thread when there were too many in a row.
 pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
     let in_a_row = life.connect_failed();
     let limit = pool.config.unhealthy_after_failed_connects;
