@@ -21,13 +21,14 @@ use crate::net::stream::{ConnectOptions, Handshake};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
+use crate::proxy_protocol::Transport;
 use crate::relay::{self, Buffers, Early, Observer, Scratch};
 use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
 use record::{Entry, Registry};
 
-pub use record::Record;
+pub use record::{Record, new_id};
 
 /// Before the only upstream there is gets another try.
 const RETRY_SAME_DELAY: Duration = Duration::from_millis(100);
@@ -48,7 +49,8 @@ pub struct Shared {
     accepted: Cell<u64>,
     is_ticking: Cell<bool>,
     control: control::Handle,
-    log: log::Sender,
+    /// Lines to standard output.
+    pub log: log::Sender,
     /// Open connections of the process.
     pub open: Arc<OpenConnections>,
 }
@@ -320,7 +322,7 @@ impl Attempt<'_> {
             },
         };
         self.life.connect_succeeded();
-        record.introduced(connect_time, self.plan.version);
+        record.introduced(connect_time, self.plan.format);
         record.entry.to_upstream(count);
         Ok(upstream)
     }
@@ -385,7 +387,9 @@ impl Attempt<'_> {
             let bytes = &mut *shared.header.borrow_mut();
             bytes.clear();
             let mut id = [0; ulid::ULID_LEN];
-            self.plan.encode(record.client, record.local, record.id(&mut id), bytes).map_err(io::Error::other)?;
+            self.plan
+                .encode(record.client, record.local, Transport::Stream, record.id(&mut id), bytes)
+                .map_err(io::Error::other)?;
             let header = bytes.len();
             if early.pending.is_empty() && !early.client_eof && !early.client_reset {
                 let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -423,7 +427,8 @@ impl Attempt<'_> {
     }
 }
 
-fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
+/// Counts it against the upstream, and tells the control thread when there were too many in a row.
+pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
     let in_a_row = life.connect_failed();
     let limit = pool.config.unhealthy_after_failed_connects;
     // At every multiple, not once: a report that found the queue full is repeated soon.
@@ -433,7 +438,7 @@ fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
     if sources.is_empty() {
         return None;
     }

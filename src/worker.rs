@@ -1,9 +1,10 @@
 //! One thread that carries traffic: its runtime, its inbox, its sockets.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,9 +14,11 @@ use socket2::Socket;
 use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::config::Protocol;
 use crate::connection::Shared;
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
+use crate::listener::udp::{Buffers, Udp};
 use crate::listener::{self, Acceptor};
 use crate::log;
 use crate::net::{Listening, limits};
@@ -28,8 +31,10 @@ const INBOX_MAX: usize = 1024;
 
 /// What the control thread tells a worker.
 pub enum Message {
-    /// Accept on this socket, which listens already.
+    /// Serve this socket, which listens already or takes datagrams.
     Listen {
+        /// What it is.
+        protocol: Protocol,
         /// The socket.
         socket: Socket,
         /// What it is bound to.
@@ -138,18 +143,24 @@ impl Worker {
 
 async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: impl Fn()) {
     let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
+    let mut udp = UdpSockets::default();
     while let Some(message) = messages.recv().await {
         match message {
-            Message::Listen { socket, bound, slot, listener } => match Listening::new(socket) {
-                Ok(listening) => {
-                    let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
-                    let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
-                    acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
+            Message::Listen { protocol: Protocol::Udp, socket, bound, slot, listener } => {
+                udp.serve(&shared, socket, bound, slot, listener);
+            }
+            Message::Listen { protocol: Protocol::Tcp, socket, bound, slot, listener } => {
+                match Listening::new(socket) {
+                    Ok(listening) => {
+                        let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
+                        let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
+                        acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
+                    }
+                    Err(error) => {
+                        tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
+                    }
                 }
-                Err(error) => {
-                    tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
-                }
-            },
+            }
             Message::Unlisten { slot, closed } => {
                 if let Some((acceptor, task)) = acceptors.remove(&slot) {
                     acceptor.retire.notify_one();
@@ -158,6 +169,8 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                         let _ = task.await;
                         let _ = closed.send(());
                     });
+                } else {
+                    udp.retire(slot, closed);
                 }
             }
             Message::Keepalive { slot, keepalive, set } => {
@@ -170,12 +183,17 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
             }
             Message::Collect(reply) => {
                 shared.fold();
+                udp.each(Udp::fold);
                 // Counts also when the control thread no longer waits for it.
                 alive();
                 let _ = reply.send(());
             }
-            Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),
+            Message::End { upstream, termination } => {
+                shared.end(upstream.as_ref(), termination);
+                udp.each(|socket| socket.end(upstream.as_ref(), termination));
+            }
             Message::Stop(reply) => {
+                udp.each(Udp::drain);
                 let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();
                 tokio::task::spawn_local(async move {
                     for (acceptor, _) in &retiring {
@@ -188,5 +206,39 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 });
             }
         }
+    }
+}
+
+/// The UDP sockets of a worker, until the last session of each has ended.
+#[derive(Default)]
+struct UdpSockets {
+    buffers: Rc<RefCell<Buffers>>,
+    served: HashMap<usize, (Weak<Udp>, tokio::task::JoinHandle<()>)>,
+}
+
+impl UdpSockets {
+    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: SocketAddr, slot: usize, listener: Arc<Listener>) {
+        match Udp::new(shared, &self.buffers, socket, bound, slot, listener) {
+            Ok(udp) => {
+                let weak = Rc::downgrade(&udp);
+                self.served.insert(slot, (weak, tokio::task::spawn_local(udp.run())));
+            }
+            Err(error) => tracing::error!(event = "listen", address = %bound, reason = %error, "no datagrams here"),
+        }
+    }
+
+    fn retire(&mut self, slot: usize, closed: oneshot::Sender<()>) {
+        let Some((udp, task)) = self.served.remove(&slot) else { return };
+        if let Some(udp) = udp.upgrade() {
+            udp.retire();
+        }
+        tokio::task::spawn_local(async move {
+            let _ = task.await;
+            let _ = closed.send(());
+        });
+    }
+
+    fn each(&self, act: impl Fn(&Udp)) {
+        self.served.values().filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| act(&udp));
     }
 }

@@ -13,11 +13,10 @@ use tokio::time::Instant;
 use ulid::Ulid;
 
 use super::Shared;
-use crate::config::LogConnections;
+use crate::config::{HeaderFormat, LogConnections};
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
 use crate::pool::UpstreamLife;
-use crate::proxy_protocol::Version;
 use crate::relay::Observer;
 use crate::snapshot::ListenerLife;
 use crate::termination::Termination;
@@ -165,7 +164,7 @@ impl Record {
             shared: Rc::clone(shared),
             entry,
             index,
-            id: connection_id(),
+            id: new_id().to_bytes(),
             client,
             local,
             pool: None,
@@ -197,11 +196,11 @@ impl Record {
     }
 
     /// The upstream was connected to in this time, and has the header.
-    pub(super) fn introduced(&mut self, connect_time: Duration, version: Option<Version>) {
+    pub(super) fn introduced(&mut self, connect_time: Duration, format: Option<HeaderFormat>) {
         self.connect = Some(connect_time);
-        self.header = Some(version.map_or("off", Version::as_str));
-        if let Some(version) = version {
-            self.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
+        self.header = Some(format.map_or("off", HeaderFormat::as_str));
+        if let Some(format) = format {
+            self.entry.listener.headers[format as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -267,8 +266,8 @@ impl Drop for Record {
     }
 }
 
-/// A ULID: 26 ASCII characters that sort by time.
-fn connection_id() -> [u8; 16] {
+/// An id that sorts by time; as text 26 ASCII characters.
+pub fn new_id() -> Ulid {
     let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..)).to_bytes()
+    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..))
 }

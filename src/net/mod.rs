@@ -1,6 +1,7 @@
 //! Sockets, their options and the machine's limits. The only place with `unsafe`.
 
 pub mod check;
+pub mod datagram;
 pub mod limits;
 pub mod listen;
 pub mod splice;

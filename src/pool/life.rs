@@ -13,6 +13,8 @@ pub struct UpstreamLife {
     pub open: AtomicU32,
     /// Failed connects in a row, over all workers.
     pub failed_connects: AtomicU32,
+    /// The longest datagram that may leave as a segment of a larger send; lowered when the kernel refuses one.
+    pub segment_max: AtomicU32,
     /// Counters since the upstream joined.
     pub counters: UpstreamCounters,
 }
@@ -43,6 +45,7 @@ impl UpstreamLife {
             address,
             open: AtomicU32::new(0),
             failed_connects: AtomicU32::new(0),
+            segment_max: AtomicU32::new(u32::MAX),
             counters: UpstreamCounters::default(),
         })
     }
@@ -74,6 +77,16 @@ impl UpstreamLife {
     /// Counts an established connection.
     pub fn connect_succeeded(&self) {
         self.counters.connections.fetch_add(1, Ordering::Relaxed);
+        self.answered();
+    }
+
+    /// Counts a UDP session. That it was begun says nothing about the upstream; its first reply will.
+    pub fn session_begun(&self) {
+        self.counters.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It is there: failed connects are no longer in a row.
+    pub fn answered(&self) {
         // Written only when it changes: the line is shared by all workers.
         if self.failed_connects.load(Ordering::Relaxed) != 0 {
             self.failed_connects.store(0, Ordering::Relaxed);
