@@ -13,6 +13,7 @@ use crate::hostile::resident_bytes;
 use crate::support::client::loopback;
 use crate::support::datagrams::{Datagram, DatagramServer, echo};
 use crate::support::dns::udp_client;
+use crate::support::ports::free_port;
 use crate::support::{Balancer, DEADLINE, eventually, preface, skip};
 
 /// Largest payload of an IPv4 datagram, and bytes of the header of an IPv4 client.
@@ -154,7 +155,7 @@ fn clients_that_are_gone_before_the_answer_harm_nobody() {
 
 #[test]
 fn an_upstream_that_refuses_is_used_again_when_it_is_back() {
-    let upstream = DatagramServer::start(echo);
+    let upstream = DatagramServer::at(&format!("127.0.0.1:{}", free_port()), echo);
     let lb = preface(&config(&upstream, ""));
     let client = client_of(&lb);
     assert_echoed(&client, b"before");
