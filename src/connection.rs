@@ -136,6 +136,7 @@ impl Shared {
 /// Serves one admitted connection to its end.
 ///
 /// Not an `async fn`: those keep a second copy of their arguments for as long as they run.
+#[expect(clippy::manual_async_fn, reason = "said above")]
 pub fn serve(client: Stream, slot: usize, listener: Arc<Listener>, mut record: Record) -> impl Future<Output = ()> {
     async move {
         // Boxed: what is needed to get through to an upstream is not carried along while bytes flow. Nothing of the
