@@ -8,6 +8,7 @@ use crate::support::client::connect;
 use crate::support::netns::{Namespace, Pair};
 use crate::support::receiver::echo;
 use crate::support::{Balancer, Receiver, eventually, preface_in, skip};
+use crate::traffic::while_stopped;
 
 /// Every listening socket of the namespace takes part, and every client.
 const FAST_OPEN_FOR_ALL: &str = "sysctl -q -w net.ipv4.tcp_fastopen=1027";
@@ -108,8 +109,13 @@ fn bytes_that_a_silent_upstream_may_have_taken_go_to_no_other() {
     }
     pair.right.run("nft add table inet cut");
     pair.right.run("nft add chain inet cut input { type filter hook input priority 0 ; policy drop ; }");
-    let mut client = pair.left.inside(|| connect(web(&lb))).expect("a client connects");
-    assert!(exchange(&mut client, "perhaps taken").is_err(), "reset after the time-out");
+    // Its bytes are there before the balancer looks: they are in the SYN.
+    let mut client = while_stopped(&lb, || {
+        let mut client = pair.left.inside(|| connect(web(&lb))).expect("a client connects");
+        client.write_all(b"perhaps taken").expect("room for a few bytes");
+        client
+    });
+    assert!(exchange(&mut client, "").is_err(), "reset after the time-out");
     let is_its = |line: &&str| line.contains("end=upstream.connect.timeout");
     let line = eventually("its end is told", || lb.log().text().lines().find(is_its).map(str::to_owned));
     assert!(line.contains(" attempts=1 "), "{line}");
