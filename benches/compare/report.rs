@@ -109,9 +109,38 @@ impl Report {
                 _ => "two others",
             },
         );
+        self.summary(&mut text);
         self.targets(&mut text);
         self.results.iter().for_each(|result| table(&mut text, result));
         text
+    }
+
+    /// The first figure of each row, one column a candidate.
+    fn summary(&self, text: &mut String) {
+        const SHOWN: [Kind; 6] =
+            [Kind::Preface, Kind::Haproxy, Kind::HaproxyTuned, Kind::Nginx, Kind::NginxTuned, Kind::Envoy];
+        let compared = |result: &&Result| !result.entries.iter().any(|entry| entry.contestant.scaling);
+        let results: Vec<&Result> = self.results.iter().filter(compared).collect();
+        if results.is_empty() {
+            return;
+        }
+        text.push_str(
+            "## Summary\n\n| less is better | preface | HAProxy | HAProxy tuned | nginx | nginx tuned | Envoy |\n\
+             |---|---:|---:|---:|---:|---:|---:|\n",
+        );
+        for result in results {
+            let metric = &result.row.work.metrics()[0];
+            let cells = SHOWN.map(|kind| result.median(kind, metric.key).map_or("-".to_owned(), number));
+            let _ = writeln!(
+                text,
+                "| {}: {} | **{}** | {} |",
+                result.row.title,
+                metric.title,
+                cells[0],
+                cells[1..].join(" | ")
+            );
+        }
+        text.push('\n');
     }
 
     fn targets(&self, text: &mut String) {
