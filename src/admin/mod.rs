@@ -72,6 +72,7 @@ GET  /livez      200 while the control loop and every worker turn
 GET  /readyz     200 while configured, listening and not stopping
 GET  /metrics    Prometheus
 GET  /status     listeners, pools, upstreams, the last reload (JSON)
+GET  /history    rates and latencies of the last ten minutes (JSON)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
 POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
@@ -171,6 +172,7 @@ fn router(state: State, reach: Reach) -> Router {
             let reads = metrics
                 .route("/", get(|| async { INDEX }))
                 .route("/status", get(status))
+                .route("/history", get(history))
                 .route("/config", get(config))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
             let mutations = Router::new()
@@ -226,6 +228,12 @@ async fn metrics(Shared(server): Shared<Server>) -> Result<impl IntoResponse, Re
 
 async fn status(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
     Ok(pretty(StatusCode::OK, &answer(server.state.control.status()).await?))
+}
+
+async fn history(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let value = answer(server.state.control.history()).await?;
+    // Not for people: ten minutes of columns, without a line for each number.
+    Ok(([(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response())
 }
 
 async fn config(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
