@@ -21,9 +21,11 @@ use crate::control;
 use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
 use crate::log;
+use crate::net::stream::{ConnectOptions, Handshake};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
+use crate::proxy_protocol::Transport;
 use crate::relay::{self, Buffers, Early, Observer, Scratch};
 use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
@@ -32,7 +34,7 @@ use measured::Measured;
 use record::{Entry, Registry};
 use tap::Tap;
 
-pub use record::Record;
+pub use record::{Record, new_id};
 
 /// Before the only upstream there is gets another try.
 const RETRY_SAME_DELAY: Duration = Duration::from_millis(100);
@@ -55,7 +57,8 @@ pub struct Shared {
     accepted: Cell<u64>,
     is_ticking: Cell<bool>,
     control: control::Handle,
-    log: log::Sender,
+    /// Lines to standard output.
+    pub log: log::Sender,
     /// Open connections of the process.
     pub open: Arc<OpenConnections>,
 }
@@ -173,6 +176,7 @@ impl Shared {
 /// Serves one admitted connection to its end.
 ///
 /// Not an `async fn`: those keep a second copy of their arguments for as long as they run.
+#[expect(clippy::manual_async_fn, reason = "said above")]
 pub fn serve(client: Stream, slot: usize, listener: Arc<Listener>, mut record: Record) -> impl Future<Output = ()> {
     async move {
         // Boxed: what is needed to get through to an upstream is not carried along while bytes flow. Nothing of the
@@ -233,13 +237,22 @@ async fn reach(
             Err(PickError::None) => return Err(attempts.failure.unwrap_or(Termination::NoUpstream)),
             Err(_) => return Err(attempts.failure.unwrap_or(Termination::UpstreamsFull)),
         };
-        match attempt(client, &listener, &picked, deadline, record, &mut early).await {
+        let pool = &listener.pool;
+        let attempt = Attempt {
+            client,
+            pool,
+            life: picked.lease.life(),
+            plan: &listener.headers[pool.upstreams[picked.index].entry],
+            keepalive: listener.config.keepalive,
+            timeout: pool.config.connect_timeout.min(deadline.duration_since(Instant::now())),
+        };
+        match attempt.run(record, &mut early).await {
             Ok(upstream) => {
                 let idle_timeout = listener.config.idle_timeout;
                 return Ok(Reached { upstream, _lease: picked.lease, early, idle_timeout });
             }
-            Err(termination @ (Termination::StopTimeout | Termination::Ended)) => return Err(termination),
-            Err(termination) => {
+            Err(Failure { termination, may_retry: false }) => return Err(termination),
+            Err(Failure { termination, .. }) => {
                 record.attempt_failed(termination);
                 let life = Arc::clone(picked.lease.life());
                 // An order is about this upstream: it is not tried again, but another one may have the connection.
@@ -283,80 +296,184 @@ impl Attempts {
     }
 }
 
-/// One attempt: connect, then introduce.
-async fn attempt(
-    client: &Stream,
-    listener: &Listener,
-    picked: &Picked,
-    deadline: Instant,
-    record: &mut Record,
-    early: &mut Early,
-) -> Result<Stream, Termination> {
-    let (pool, life) = (&listener.pool, picked.lease.life());
-    record.attempt(&pool.name, life);
-    let begun = Instant::now();
-    let attempt_timeout = pool.config.connect_timeout.min(deadline.duration_since(begun));
-    let entry = Rc::clone(&record.entry);
-    let upstream = tokio::select! {
-        biased;
-        termination = entry.ordered() => return Err(termination),
-        connected = connect(&record.shared, pool, life, listener.config.keepalive, attempt_timeout) => connected?,
-    };
-    let connect_time = begun.elapsed();
-    let plan = &listener.headers[pool.upstreams[picked.index].entry];
-    if introduce(client, &upstream, plan, record, early).await.is_err() {
-        // Not a byte was taken: another upstream may have the whole.
-        count_failure(&record.shared, pool, life);
-        return Err(Termination::UpstreamResetHeader);
-    }
-    life.connect_succeeded();
-    record.introduced(connect_time, plan.version);
-    Ok(upstream)
-}
-
-/// One attempt to connect. Counts its failure against the upstream, unless it was ours.
-async fn connect(
-    shared: &Shared,
-    pool: &Pool,
-    life: &Arc<UpstreamLife>,
+/// One attempt at one upstream: connect, then introduce. With TCP Fast Open the introduction is what connects.
+struct Attempt<'a> {
+    client: &'a Stream,
+    pool: &'a Pool,
+    life: &'a Arc<UpstreamLife>,
+    plan: &'a HeaderPlan,
     keepalive: Option<Duration>,
-    attempt_timeout: Duration,
-) -> Result<Stream, Termination> {
-    let source = next_source(shared, &pool.config.source, life.address);
-    let connecting = async {
-        let stream = Stream::connect(life.address, source, keepalive)?;
-        stream.connected().await?;
-        Ok::<Stream, io::Error>(stream)
-    };
-    let termination = match timeout(attempt_timeout, connecting).await {
-        Ok(Ok(stream)) => return Ok(stream),
-        Ok(Err(error)) if net::check::is_local(&error) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
-            return Err(Termination::LocalResources);
-        }
-        Ok(Err(error)) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
-            match error.kind() {
-                io::ErrorKind::TimedOut => Termination::UpstreamTimeout,
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Termination::UpstreamRefused,
-                _ => Termination::UpstreamUnreachable,
-            }
-        }
-        Err(_) => {
-            tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = "timeout");
-            // What the deadline cut short says nothing about the upstream. The slack is for an attempt that had all the
-            // time there is: connect_timeout may equal connect_deadline.
-            if attempt_timeout + DEADLINE_SLACK < pool.config.connect_timeout {
-                return Err(Termination::UpstreamTimeout);
-            }
-            Termination::UpstreamTimeout
-        }
-    };
-    count_failure(shared, pool, life);
-    Err(termination)
+    timeout: Duration,
 }
 
-fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
+/// How an attempt failed.
+struct Failure {
+    termination: Termination,
+    /// Another upstream may have the connection.
+    may_retry: bool,
+}
+
+impl From<Termination> for Failure {
+    fn from(termination: Termination) -> Failure {
+        Failure { termination, may_retry: !matches!(termination, Termination::StopTimeout | Termination::Ended) }
+    }
+}
+
+/// What went out with the SYN.
+struct Sent {
+    /// The client's bytes among it, kept until the connection is established.
+    client_bytes: Vec<u8>,
+    /// How many of them the kernel took.
+    count: usize,
+}
+
+impl Attempt<'_> {
+    async fn run(&self, record: &mut Record, early: &mut Early) -> Result<Stream, Failure> {
+        record.attempt(&self.pool.name, self.life);
+        let begun = Instant::now();
+        let entry = Rc::clone(&record.entry);
+        let mut sent = None;
+        let connected = tokio::select! {
+            biased;
+            termination = entry.ordered() => Err(Failure::from(termination)),
+            connected = self.connect(record, early, &mut sent) => connected,
+        };
+        let upstream = match connected {
+            Ok(upstream) => upstream,
+            Err(mut failure) => {
+                if let Some(sent) = sent {
+                    // Only a refusal says that the client's bytes, sent along with the SYN, were not taken.
+                    failure.may_retry &=
+                        sent.client_bytes.is_empty() || failure.termination == Termination::UpstreamRefused;
+                    // The next upstream has a header of its own.
+                    early.pending = sent.client_bytes;
+                }
+                return Err(failure);
+            }
+        };
+        let connect_time = begun.elapsed();
+        let count = match sent {
+            Some(sent) => sent.count,
+            None => match self.introduce(&upstream, Handshake::Begun, record, early).await {
+                Ok(sent) => sent.count,
+                Err(_) => {
+                    // Not a byte was taken: another upstream may have the whole.
+                    count_failure(&record.shared, self.pool, self.life);
+                    return Err(Termination::UpstreamResetHeader.into());
+                }
+            },
+        };
+        self.life.connect_succeeded();
+        record.introduced(connect_time, self.plan.format);
+        record.entry.to_upstream(count);
+        Ok(upstream)
+    }
+
+    /// Counts a failure against the upstream, unless it was ours.
+    async fn connect(&self, record: &Record, early: &mut Early, sent: &mut Option<Sent>) -> Result<Stream, Failure> {
+        let (pool, address) = (&*self.pool.name, self.life.address);
+        let options = ConnectOptions {
+            source: next_source(&record.shared, &self.pool.config.source, address),
+            keepalive: self.keepalive,
+            fast_open: self.pool.config.fast_open,
+        };
+        let connecting = async {
+            let (stream, handshake) = Stream::connect(address, &options)?;
+            if handshake == Handshake::WithFirstWrite {
+                *sent = Some(self.introduce(&stream, handshake, record, early).await?);
+            }
+            stream.connected(handshake).await?;
+            Ok::<Stream, io::Error>(stream)
+        };
+        let termination = match timeout(self.timeout, connecting).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) if net::check::is_local(&error) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = %error);
+                return Err(Termination::LocalResources.into());
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = %error);
+                match error.kind() {
+                    io::ErrorKind::TimedOut => Termination::UpstreamTimeout,
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Termination::UpstreamRefused,
+                    _ => Termination::UpstreamUnreachable,
+                }
+            }
+            Err(_) => {
+                tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = "timeout");
+                Termination::UpstreamTimeout
+            }
+        };
+        // What the deadline cut short says nothing about the upstream. The slack is for an attempt that had all the
+        // time there is: connect_timeout may equal connect_deadline.
+        if termination != Termination::UpstreamTimeout
+            || self.timeout + DEADLINE_SLACK >= self.pool.config.connect_timeout
+        {
+            count_failure(&record.shared, self.pool, self.life);
+        }
+        Err(termination.into())
+    }
+
+    /// Sends the header, and with it what the client has said already, in one write. An error means that the upstream
+    /// took nothing; what was read of the client is then in `early` for the next one.
+    async fn introduce(
+        &self,
+        upstream: &Stream,
+        handshake: Handshake,
+        record: &Record,
+        early: &mut Early,
+    ) -> io::Result<Sent> {
+        let shared = &record.shared;
+        let is_first = handshake == Handshake::WithFirstWrite;
+        poll_fn(|cx| {
+            let bytes = &mut *shared.header.borrow_mut();
+            bytes.clear();
+            let mut id = [0; ulid::ULID_LEN];
+            self.plan
+                .encode(record.client(), record.local(), Transport::Stream, record.id(&mut id), bytes)
+                .map_err(io::Error::other)?;
+            let header = bytes.len();
+            if early.pending.is_empty() && !early.client_eof && !early.client_reset {
+                let scratch = &mut shared.scratch.borrow_mut().bytes;
+                let read = if is_first { self.client.read_now(scratch) } else { self.client.poll_read(cx, scratch) };
+                match read {
+                    Poll::Pending => {}
+                    Poll::Ready(Ok(0)) => early.client_eof = true,
+                    Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
+                    Poll::Ready(Err(_)) => early.client_reset = true,
+                }
+            } else {
+                bytes.append(&mut early.pending);
+            }
+            let client_bytes = if is_first { bytes[header..].to_vec() } else { Vec::new() };
+            // The SYN goes out with an empty write, too.
+            if bytes.is_empty() && !is_first {
+                return Poll::Ready(Ok(Sent { client_bytes, count: 0 }));
+            }
+            let written = if is_first { upstream.write_now(bytes) } else { upstream.poll_write(cx, bytes) };
+            let (written, outcome) = match written {
+                Poll::Pending => (0, Ok(0)),
+                Poll::Ready(Ok(written)) => (written, Ok(written.saturating_sub(header))),
+                // Only the client's bytes are kept: the next upstream has a header of its own.
+                Poll::Ready(Err(error)) => (header, Err(error)),
+            };
+            if written < bytes.len() {
+                early.pending = bytes[written..].to_vec();
+            }
+            if outcome.is_ok() {
+                shared.tap.borrow_mut().push(&record.entry, &bytes[..header]);
+            }
+            if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
+                *bytes = Vec::new();
+            }
+            Poll::Ready(outcome.map(|count| Sent { client_bytes, count }))
+        })
+        .await
+    }
+}
+
+/// Counts it against the upstream, and tells the control thread when there were too many in a row.
+pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
     let in_a_row = life.connect_failed();
     let limit = pool.config.unhealthy_after_failed_connects;
     // At every multiple, not once: a report that found the queue full is repeated soon.
@@ -366,64 +483,13 @@ fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
     if sources.is_empty() {
         return None;
     }
     let turn = shared.sources.replace(shared.sources.get().wrapping_add(1));
     let fitting = || sources.iter().filter(|source| source.is_ipv4() == upstream.is_ipv4());
     fitting().nth(turn % fitting().count().max(1)).copied()
-}
-
-/// Sends the header, and with it what the client has said already, in one write. An error means that the upstream took
-/// nothing; what was read of the client is then in `early` for the next one.
-async fn introduce(
-    client: &Stream,
-    upstream: &Stream,
-    plan: &HeaderPlan,
-    record: &Record,
-    early: &mut Early,
-) -> io::Result<()> {
-    let shared = &record.shared;
-    poll_fn(|cx| {
-        let bytes = &mut *shared.header.borrow_mut();
-        bytes.clear();
-        let mut id = [0; ulid::ULID_LEN];
-        plan.encode(record.client(), record.local(), record.id(&mut id), bytes).map_err(io::Error::other)?;
-        let header = bytes.len();
-        if early.pending.is_empty() && !early.client_eof && !early.client_reset {
-            let scratch = &mut shared.scratch.borrow_mut().bytes;
-            match client.poll_read(cx, scratch) {
-                Poll::Pending => {}
-                Poll::Ready(Ok(0)) => early.client_eof = true,
-                Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
-                Poll::Ready(Err(_)) => early.client_reset = true,
-            }
-        } else {
-            bytes.append(&mut early.pending);
-        }
-        if bytes.is_empty() {
-            return Poll::Ready(Ok(()));
-        }
-        let (written, outcome) = match upstream.poll_write(cx, bytes) {
-            Poll::Pending => (0, Ok(())),
-            Poll::Ready(Ok(written)) => (written, Ok(())),
-            // Only the client's bytes are kept: the next upstream has a header of its own.
-            Poll::Ready(Err(error)) => (header, Err(error)),
-        };
-        if written < bytes.len() {
-            early.pending = bytes[written..].to_vec();
-        }
-        if outcome.is_ok() {
-            record.entry.to_upstream(written.saturating_sub(header));
-            shared.tap.borrow_mut().push(&record.entry, &bytes[..header]);
-        }
-        if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
-            *bytes = Vec::new();
-        }
-        Poll::Ready(outcome)
-    })
-    .await
 }
 
 #[cfg(test)]

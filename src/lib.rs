@@ -25,9 +25,11 @@ pub mod snapshot;
 pub mod control;
 /// Bytes both ways.
 pub mod relay;
+/// PURE. The UDP session table.
+pub mod sessions;
 /// The life of one TCP connection.
 pub mod connection;
-/// The accept loop of one socket, and which connections it admits.
+/// The accept loop of one socket, which connections it admits, and the datagrams of a UDP socket both ways.
 pub mod listener;
 /// One thread that carries traffic.
 pub mod worker;

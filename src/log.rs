@@ -21,7 +21,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::Registry;
 use tracing_subscriber::{EnvFilter, Layer, reload};
 
-pub use line::{ConnectionLine, Line, connection_line, connection_start_line};
+pub use line::{ConnectionLine, Line, connection_line, connection_start_line, session_line, session_start_line};
 pub use queue::QUEUE_BYTES_MAX;
 
 use crate::config::LogFormat;

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use crate::config::{self, Bind, Config, LogConnections, Tlvs};
+use crate::config::{self, Bind, Config, HeaderFormat, LogConnections, Protocol, Tlvs};
 use crate::pool::balance::{Candidate, SLOW_START_STEPS};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey, UpstreamLife};
-use crate::termination::Termination;
+use crate::termination::{DropReason, Termination};
 
 /// What a worker reads, loaded once per connection.
 #[derive(Debug, Default)]
@@ -41,6 +41,8 @@ pub struct Listener {
     pub pool: Arc<Pool>,
     /// By the configured pool's `upstreams`.
     pub headers: Arc<Vec<HeaderPlan>>,
+    /// UDP sessions of all its addresses together.
+    pub sessions_max: usize,
 }
 
 /// What of a listener outlives a reload; key: its name.
@@ -58,9 +60,76 @@ pub struct ListenerLife {
     pub bytes_in: AtomicU64,
     /// Bytes to clients.
     pub bytes_out: AtomicU64,
-    /// Headers sent, v1 and v2.
-    pub headers: [AtomicU64; 2],
+    /// Headers sent, by `HeaderFormat`.
+    pub headers: [AtomicU64; HeaderFormat::ALL.len()],
+    /// What is counted of UDP.
+    pub sessions: SessionCounters,
     sources: Vec<Mutex<HashMap<IpAddr, u32>>>,
+}
+
+/// What is counted of a listener's UDP sessions and datagrams.
+#[derive(Debug)]
+pub struct SessionCounters {
+    /// Open now.
+    pub open: AtomicU32,
+    /// Begun.
+    pub begun: AtomicU64,
+    /// Ended sessions by `Termination`.
+    pub ends: [AtomicU64; Termination::ALL.len()],
+    /// Datagrams passed on to upstreams, and to clients.
+    pub datagrams: [AtomicU64; 2],
+    /// Their payload.
+    pub bytes: [AtomicU64; 2],
+    /// Datagrams not passed on, by `DropReason`.
+    pub dropped: [AtomicU64; DropReason::ALL.len()],
+    /// Sessions that went on with another upstream, by `Moved`.
+    pub moved: [AtomicU64; Moved::ALL.len()],
+}
+
+impl Default for SessionCounters {
+    fn default() -> SessionCounters {
+        SessionCounters {
+            open: AtomicU32::new(0),
+            begun: AtomicU64::new(0),
+            ends: [const { AtomicU64::new(0) }; Termination::ALL.len()],
+            datagrams: Default::default(),
+            bytes: Default::default(),
+            dropped: Default::default(),
+            moved: Default::default(),
+        }
+    }
+}
+
+impl SessionCounters {
+    /// Counts datagrams that were not passed on.
+    pub fn dropped(&self, reason: DropReason, count: u64) {
+        self.dropped[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+}
+
+/// Why a session went on with another upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// The upstream turned unhealthy.
+    Unhealthy,
+    /// The upstream left the configuration.
+    Removed,
+    /// The upstream's host said that nobody listens there (ICMP), or there was no way to it.
+    Refused,
+}
+
+impl Moved {
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [Moved; 3] = [Moved::Unhealthy, Moved::Removed, Moved::Refused];
+
+    /// The word in logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Moved::Unhealthy => "unhealthy",
+            Moved::Removed => "removed",
+            Moved::Refused => "refused",
+        }
+    }
 }
 
 /// Locks among which sources are spread.
@@ -76,9 +145,15 @@ impl ListenerLife {
             ends: [const { AtomicU64::new(0) }; Termination::ALL.len()],
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
-            headers: [const { AtomicU64::new(0) }; 2],
+            headers: [const { AtomicU64::new(0) }; HeaderFormat::ALL.len()],
+            sessions: SessionCounters::default(),
             sources: (0..SOURCE_SHARDS).map(|_| Mutex::default()).collect(),
         })
+    }
+
+    /// Is a connection or session open?
+    pub fn is_used(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0 || self.sessions.open.load(Ordering::Relaxed) > 0
     }
 
     /// Counts an end.
@@ -110,6 +185,14 @@ impl ListenerLife {
         }
     }
 
+    /// Gives back a session's place, and that among its source's if it had one.
+    pub fn leave_session(&self, source: Option<IpAddr>) {
+        self.sessions.open.fetch_sub(1, Ordering::Relaxed);
+        if let Some(source) = source {
+            self.leave_source(source);
+        }
+    }
+
     fn shard(&self, source: IpAddr) -> &Mutex<HashMap<IpAddr, u32>> {
         let bytes = match source {
             IpAddr::V4(v4) => u64::from(v4.to_bits()),
@@ -132,6 +215,21 @@ impl Listener {
     pub fn allows(&self, client: IpAddr) -> bool {
         !self.config.deny.iter().any(|network| network.contains(&client))
             && self.config.allow.iter().any(|network| network.contains(&client))
+    }
+}
+
+impl Listener {
+    /// Takes a place among the listener's sessions, and among its source's where they are limited. Exact over all workers.
+    pub fn enter_session(&self, client: IpAddr) -> Result<(), DropReason> {
+        let more = |open: u32| ((open as usize) < self.sessions_max).then_some(open + 1);
+        let open = &self.life.sessions.open;
+        open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).map_err(|_| DropReason::SessionsFull)?;
+        let limit = self.config.max_connections_per_source;
+        if limit > 0 && !self.life.enter_source(client, limit) {
+            open.fetch_sub(1, Ordering::Relaxed);
+            return Err(DropReason::SourceFull);
+        }
+        Ok(())
     }
 }
 
@@ -180,6 +278,8 @@ pub struct Inputs {
     pub has_ipv6: bool,
     /// The limit in force for the whole process.
     pub connections_max: usize,
+    /// Local ports that the kernel gives to sockets which do not name one.
+    pub ports: usize,
 }
 
 /// Builds the next snapshot. Pools not named in `touched` (`None`: all are) keep their `Arc`s if their configuration did.
@@ -205,10 +305,10 @@ pub fn build(
     }
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
-        for bind in &listener.binds {
-            let Some(slot) = inputs.slots.get(&socket_key(bind, inputs.has_ipv6)).copied() else { continue };
+        for key in socket_keys(listener, inputs.has_ipv6) {
+            let Some(slot) = inputs.slots.get(&key).copied() else { continue };
             let pool_config = &config.pools[&listener.pool];
-            let pool = &pools[&pool_key(pool_config, bind.address.port())];
+            let pool = &pools[&pool_key(pool_config, key.address.port())];
             slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, inputs));
         }
     }
@@ -221,15 +321,27 @@ pub fn build(
     }
 }
 
-/// What makes a listening socket the same one over a reload: its address and IPV6_V6ONLY.
-pub type SocketKey = (SocketAddr, bool);
+/// What makes a listening socket the same one over a reload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SocketKey {
+    /// TCP or UDP: the two may share a port.
+    pub protocol: Protocol,
+    /// What it is bound to.
+    pub address: SocketAddr,
+    /// IPV6_V6ONLY.
+    pub v6only: bool,
+}
 
-/// The socket that a bind asks for.
-pub fn socket_key(bind: &Bind, has_ipv6: bool) -> SocketKey {
-    if bind.any && !has_ipv6 {
-        return (SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), false);
-    }
-    (bind.address, bind.v6only)
+/// The sockets that a listener asks for.
+pub fn socket_keys(listener: &config::Listener, has_ipv6: bool) -> Vec<SocketKey> {
+    let key = |protocol: &Protocol, bind: &Bind| {
+        let (address, v6only) = match bind.any && !has_ipv6 {
+            true => (SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), false),
+            false => (bind.address, bind.v6only),
+        };
+        SocketKey { protocol: *protocol, address, v6only }
+    };
+    listener.protocols.iter().flat_map(|protocol| listener.binds.iter().map(move |bind| key(protocol, bind))).collect()
 }
 
 /// Which instance of a pool a listener's port uses.
@@ -298,8 +410,10 @@ fn build_listener(
     inputs: &mut Inputs,
 ) -> Arc<Listener> {
     let unchanged = before.filter(|before| Arc::ptr_eq(&before.config, config));
+    let sessions_max = sessions_max(config, &pool.config, inputs);
     if let Some(before) = unchanged
         && Arc::ptr_eq(&before.pool, pool)
+        && before.sessions_max == sessions_max
     {
         return Arc::clone(before);
     }
@@ -308,7 +422,19 @@ fn build_listener(
         None => Arc::new(plan_headers(config, &pool.config)),
     };
     let life = inputs.listener_lives.entry(config.name.clone()).or_insert_with(|| ListenerLife::new(&config.name));
-    Arc::new(Listener { config: Arc::clone(config), life: Arc::clone(life), pool: Arc::clone(pool), headers })
+    let (config, life, pool) = (Arc::clone(config), Arc::clone(life), Arc::clone(pool));
+    Arc::new(Listener { config, life, pool, headers, sessions_max })
+}
+
+/// Sessions of one listener where it sets no limit of its own.
+const SESSIONS_MAX: usize = 16_384;
+
+/// Each session takes a local port, for the whole machine and whatever the upstream, and a descriptor.
+fn sessions_max(listener: &config::Listener, pool: &config::Pool, inputs: &Inputs) -> usize {
+    match listener.max_sessions {
+        0 => SESSIONS_MAX.min(inputs.ports / 2 * pool.source.len().max(1)).min(inputs.connections_max).max(1),
+        limit => limit,
+    }
 }
 
 fn plan_headers(listener: &config::Listener, pool: &config::Pool) -> Vec<HeaderPlan> {
@@ -345,8 +471,8 @@ mod tests {
     }
 
     fn inputs(config: &Config) -> Inputs {
-        let binds = config.listeners.values().flat_map(|listener| &listener.binds);
-        let slots = binds.enumerate().map(|(slot, bind)| (socket_key(bind, true), slot)).collect();
+        let keys = config.listeners.values().flat_map(|listener| socket_keys(listener, true));
+        let slots = keys.enumerate().map(|(slot, key)| (key, slot)).collect();
         Inputs { slots, has_ipv6: true, ..Inputs::default() }
     }
 

@@ -85,6 +85,12 @@ causes! {
     LocalResources = Preface.Connect."local_resources",
     /// Nothing was heard from either side for `idle_timeout`.
     IdleTimeout = Preface.Relay."idle_timeout",
+    /// Each datagram of the session's client had the number of replies that `responses` names.
+    Responses = Preface.Relay."responses",
+    /// The session never had a reply, and its place was given to a new client: `max_sessions` is reached.
+    Displaced = Preface.Relay."displaced",
+    /// The session's listener left the configuration.
+    ListenerRemoved = Preface.Relay."listener_removed",
     /// The upstream was disabled by the operator.
     Disabled = Preface.Relay."disabled",
     /// The operator ended this connection (`DELETE /connections/ID`).
@@ -100,10 +106,62 @@ causes! {
 }
 
 impl Termination {
-    /// Is this a regular end, which `log.connections = "errors"` leaves out?
+    /// Is this a regular end of a connection, which `log.connections = "errors"` leaves out?
     pub fn is_regular(self) -> bool {
         matches!(self, Termination::ClientClosed | Termination::UpstreamClosed)
     }
+
+    /// Is this a regular end of a UDP session? Nobody closes one: silence is how it ends.
+    pub fn is_regular_for_session(self) -> bool {
+        matches!(self, Termination::IdleTimeout | Termination::Responses)
+    }
+}
+
+macro_rules! reasons {
+    ($( $(#[$doc:meta])* $name:ident = $word:literal ),+ $(,)?) => {
+        /// Why a datagram was not passed on.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(usize)]
+        pub enum DropReason { $( $(#[$doc])* $name ),+ }
+
+        impl DropReason {
+            /// All of them, in the order of their discriminants.
+            pub const ALL: &[DropReason] = &[$( DropReason::$name ),+];
+
+            /// The word in logs and metrics.
+            pub fn as_str(self) -> &'static str { match self { $( DropReason::$name => $word ),+ } }
+        }
+    };
+}
+
+reasons! {
+    /// The source is not in `allow`, or is in `deny`.
+    Denied = "denied",
+    /// The source is an address that this process itself takes datagrams at: the answer would be a question again, and so
+    /// on for ever.
+    OwnAddress = "own_address",
+    /// A new client, and every session under `max_sessions` or `runtime.max_connections` has had a reply or is young.
+    SessionsFull = "sessions_full",
+    /// A new client, and its source is at `max_connections_per_source`.
+    SourceFull = "source_full",
+    /// A new client, and no upstream takes sessions.
+    NoUpstream = "no_upstream",
+    /// A new client, and every usable upstream is at its `max_connections`.
+    UpstreamsFull = "upstreams_full",
+    /// No local port, descriptor or buffer was left.
+    LocalResources = "local_resources",
+    /// Header and payload are longer than the path, or any datagram, can carry.
+    TooBig = "too_big",
+    /// Longer than what is received at once.
+    Truncated = "truncated",
+    /// The network's queue was full: the receiver or the link is slower than the sender.
+    QueueFull = "queue_full",
+    /// The upstream's host said that nobody listens there (ICMP).
+    Refused = "refused",
+    /// There is no route, or a router said so (ICMP).
+    Unreachable = "unreachable",
+    /// A new client, while this address is being closed.
+    Closing = "closing",
 }
 
 impl Who {
@@ -140,6 +198,15 @@ impl fmt::Display for Termination {
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    #[test]
+    fn every_reason_has_its_own_word() {
+        let words: HashSet<&str> = DropReason::ALL.iter().map(|reason| reason.as_str()).collect();
+        assert_eq!(words.len(), DropReason::ALL.len());
+        for (index, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+        }
+    }
 
     #[test]
     fn every_cause_has_its_own_words() {

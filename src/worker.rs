@@ -1,9 +1,10 @@
 //! One thread that carries traffic: its runtime, its inbox, its sockets.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,11 +14,13 @@ use socket2::Socket;
 use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::config::Protocol;
 use crate::connection::Shared;
 use crate::connection::measured::Measured;
 use crate::control::view::{self, Filter, Tapped};
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
+use crate::listener::udp::{Buffers, Udp};
 use crate::listener::{self, Acceptor};
 use crate::log;
 use crate::net::{Listening, limits};
@@ -30,8 +33,10 @@ const INBOX_MAX: usize = 1024;
 
 /// What the control thread tells a worker.
 pub enum Message {
-    /// Accept on this socket, which listens already.
+    /// Serve this socket, which listens already or takes datagrams.
     Listen {
+        /// What it is.
+        protocol: Protocol,
         /// The socket.
         socket: Socket,
         /// What it is bound to.
@@ -66,16 +71,22 @@ pub enum Message {
         /// Why.
         termination: Termination,
     },
-    /// Show open connections, and how many there are.
-    View(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
-    /// Show the last connections with the headers that their upstreams got.
-    Tap(Filter, oneshot::Sender<Vec<Tapped>>),
-    /// Send each connection that reaches an upstream from now on.
-    Follow(Filter, mpsc::Sender<Tapped>),
-    /// End one connection with a reset; was it here?
-    EndOne(Arc<str>, oneshot::Sender<bool>),
+    /// About single connections.
+    Look(Look),
     /// Close every listener; answers when the last queue is empty. Connections stay.
     Stop(oneshot::Sender<()>),
+}
+
+/// What the control thread asks about single connections.
+pub enum Look {
+    /// Show open ones, and how many there are.
+    View(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
+    /// Show the last ones with the headers that their upstreams got.
+    Tap(Filter, oneshot::Sender<Vec<Tapped>>),
+    /// Send each one that reaches an upstream from now on.
+    Follow(Filter, mpsc::Sender<Tapped>),
+    /// End one with a reset; was it here?
+    EndOne(Arc<str>, oneshot::Sender<bool>),
 }
 
 /// Where a worker stands among the others, and its part of what there is.
@@ -146,20 +157,44 @@ impl Worker {
     }
 }
 
+fn hand_over(shared: &Shared, emptied: Measured, reply: oneshot::Sender<Measured>) {
+    let mut measured = shared.exchange_measured(emptied);
+    measured.cpu = limits::thread_time();
+    if let Err(measured) = reply.send(measured) {
+        shared.absorb_measured(&measured);
+    }
+}
+
+fn carry_out(shared: &Shared, look: Look) {
+    // A reply that nobody waits for any more is no error.
+    match look {
+        Look::View(filter, reply) => drop(reply.send(shared.view(&filter))),
+        Look::Tap(filter, reply) => drop(reply.send(shared.last_tapped(&filter))),
+        Look::Follow(filter, sender) => shared.follow(filter, sender),
+        Look::EndOne(id, reply) => drop(reply.send(shared.end_one(&id))),
+    }
+}
+
 async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: impl Fn()) {
     let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
+    let mut udp = UdpSockets::default();
     while let Some(message) = messages.recv().await {
         match message {
-            Message::Listen { socket, bound, slot, listener } => match Listening::new(socket) {
-                Ok(listening) => {
-                    let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
-                    let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
-                    acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
+            Message::Listen { protocol: Protocol::Udp, socket, bound, slot, listener } => {
+                udp.serve(&shared, socket, bound, slot, listener);
+            }
+            Message::Listen { protocol: Protocol::Tcp, socket, bound, slot, listener } => {
+                match Listening::new(socket) {
+                    Ok(listening) => {
+                        let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
+                        let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
+                        acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
+                    }
+                    Err(error) => {
+                        tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
+                    }
                 }
-                Err(error) => {
-                    tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
-                }
-            },
+            }
             Message::Unlisten { slot, closed } => {
                 if let Some((acceptor, task)) = acceptors.remove(&slot) {
                     acceptor.retire.notify_one();
@@ -168,6 +203,8 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                         let _ = task.await;
                         let _ = closed.send(());
                     });
+                } else {
+                    udp.retire(slot, closed);
                 }
             }
             Message::Keepalive { slot, keepalive, set } => {
@@ -180,20 +217,18 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
             }
             Message::Collect(emptied, reply) => {
                 shared.fold();
+                udp.each(Udp::fold);
                 // Counts also when the control thread no longer waits for it.
                 alive();
-                let mut measured = shared.exchange_measured(emptied);
-                measured.cpu = limits::thread_time();
-                if let Err(measured) = reply.send(measured) {
-                    shared.absorb_measured(&measured);
-                }
+                hand_over(&shared, emptied, reply);
             }
-            Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),
-            Message::View(filter, reply) => drop(reply.send(shared.view(&filter))),
-            Message::Tap(filter, reply) => drop(reply.send(shared.last_tapped(&filter))),
-            Message::Follow(filter, sender) => shared.follow(filter, sender),
-            Message::EndOne(id, reply) => drop(reply.send(shared.end_one(&id))),
+            Message::End { upstream, termination } => {
+                shared.end(upstream.as_ref(), termination);
+                udp.each(|socket| socket.end(upstream.as_ref(), termination));
+            }
+            Message::Look(look) => carry_out(&shared, look),
             Message::Stop(reply) => {
+                udp.each(Udp::drain);
                 let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();
                 tokio::task::spawn_local(async move {
                     for (acceptor, _) in &retiring {
@@ -206,5 +241,39 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 });
             }
         }
+    }
+}
+
+/// The UDP sockets of a worker, until the last session of each has ended.
+#[derive(Default)]
+struct UdpSockets {
+    buffers: Rc<RefCell<Buffers>>,
+    served: HashMap<usize, (Weak<Udp>, tokio::task::JoinHandle<()>)>,
+}
+
+impl UdpSockets {
+    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: SocketAddr, slot: usize, listener: Arc<Listener>) {
+        match Udp::new(shared, &self.buffers, socket, bound, slot, listener) {
+            Ok(udp) => {
+                let weak = Rc::downgrade(&udp);
+                self.served.insert(slot, (weak, tokio::task::spawn_local(udp.run())));
+            }
+            Err(error) => tracing::error!(event = "listen", address = %bound, reason = %error, "no datagrams here"),
+        }
+    }
+
+    fn retire(&mut self, slot: usize, closed: oneshot::Sender<()>) {
+        let Some((udp, task)) = self.served.remove(&slot) else { return };
+        if let Some(udp) = udp.upgrade() {
+            udp.retire();
+        }
+        tokio::task::spawn_local(async move {
+            let _ = task.await;
+            let _ = closed.send(());
+        });
+    }
+
+    fn each(&self, act: impl Fn(&Udp)) {
+        self.served.values().filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| act(&udp));
     }
 }

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use preface::net::listen::{self, BindOptions};
+use preface::net::stream::ConnectOptions;
 use preface::net::{Accepted, Listening, Stream};
 use preface::pool::rejection::HEAD_BYTES;
 use preface::proxy_protocol::{Addresses, Header, Transport, Version};
@@ -20,6 +21,8 @@ const KEEPALIVE: Option<Duration> = Some(Duration::from_secs(60));
 const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// As many as a worker has.
 const PIPES_MAX: usize = 128;
+
+const OPTIONS: ConnectOptions = ConnectOptions { source: None, keepalive: KEEPALIVE, fast_open: false };
 
 /// Sees nothing and says nothing.
 struct Nobody;
@@ -63,8 +66,8 @@ pub fn run(address: SocketAddr, upstream: SocketAddr) -> io::Result<()> {
 
 async fn serve(accepted: Accepted, local: SocketAddr, upstream: SocketAddr, scratch: &Scratch) -> io::Result<()> {
     let client = Stream::new(accepted.fd)?;
-    let upstream = Stream::connect(upstream, None, KEEPALIVE)?;
-    upstream.connected().await?;
+    let (upstream, handshake) = Stream::connect(upstream, &OPTIONS)?;
+    upstream.connected(handshake).await?;
     let header = Header::proxy(Version::V2, Addresses::inet(accepted.client, local, Transport::Stream), vec![]);
     let mut early = Early::default();
     poll_fn(|cx| {

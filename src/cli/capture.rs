@@ -1,14 +1,14 @@
 //! Packet captures (pcap, pcapng) down to what a receiver would read first: the first bytes that the client of each TCP
-//! connection sent, and each UDP datagram. Pure; made for captures of a few connections, not for gigabytes.
+//! connection sent, and the datagrams of each UDP flow, those with one header counted together. Pure; made for captures of a few connections, not for gigabytes.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use thiserror::Error;
 
-use crate::proxy_protocol::{Decoded, HEADER_BYTES_MAX, Transport, decode};
+use crate::proxy_protocol::{Decoded, HEADER_BYTES_MAX, Transport, decode, spp};
 
-/// Connections and datagrams that are kept; a longer capture is cut here.
+/// Connections, and datagrams with a header of their own, that are kept; a longer capture is cut here.
 pub const PAYLOADS_MAX: usize = 10_000;
 /// Nested IPv6 extension headers and VLAN tags that are followed.
 const NESTING_MAX: usize = 8;
@@ -35,7 +35,7 @@ pub enum CaptureError {
 /// What one end sent first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Payload {
-    /// TCP: the first bytes of a connection; UDP: one datagram.
+    /// TCP: the first bytes of a connection; UDP: the first datagram of a flow with this header.
     pub transport: Transport,
     /// Who sent it.
     pub source: SocketAddr,
@@ -43,6 +43,17 @@ pub struct Payload {
     pub destination: SocketAddr,
     /// The bytes; of TCP as many segments as a header needs.
     pub bytes: Vec<u8>,
+    /// Of UDP: further datagrams that begin with the same header, or, if this one has none, have none either.
+    pub alike: usize,
+    /// Of UDP: datagrams without a header that follow one with a header.
+    pub bare: usize,
+}
+
+impl Payload {
+    /// The first of its kind.
+    pub fn new(transport: Transport, source: SocketAddr, destination: SocketAddr, bytes: &[u8]) -> Payload {
+        Payload { transport, source, destination, bytes: bytes.to_vec(), alike: 0, bare: 0 }
+    }
 }
 
 /// Do these bytes begin a capture?
@@ -156,6 +167,8 @@ struct Flows {
     payloads: Vec<Payload>,
     /// TCP connections by client and server.
     connections: HashMap<(SocketAddr, SocketAddr), Connection>,
+    /// Datagrams by sender and receiver.
+    datagrams: HashMap<(SocketAddr, SocketAddr), Datagrams>,
 }
 
 struct Connection {
@@ -163,6 +176,13 @@ struct Connection {
     /// Sequence number of the byte that is expected next; `None` until a first segment is seen.
     next: Option<u32>,
     done: bool,
+}
+
+/// Datagrams that began with one header.
+struct Datagrams {
+    payload: usize,
+    /// 0: they have none.
+    header_len: usize,
 }
 
 const IPV4: u16 = 0x0800;
@@ -231,14 +251,32 @@ impl Flows {
                 self.tcp(source, destination, big.u32(segment, 4)?, *segment.get(13)?, data);
             }
             17 => {
-                let bytes = segment.get(8..)?.to_vec();
-                if self.payloads.len() < PAYLOADS_MAX {
-                    self.payloads.push(Payload { transport: Transport::Dgram, source, destination, bytes });
+                let data = segment.get(8..)?;
+                if !data.is_empty() {
+                    self.datagram(source, destination, data);
                 }
             }
             _ => {}
         }
         Some(())
+    }
+
+    fn datagram(&mut self, source: SocketAddr, destination: SocketAddr, data: &[u8]) {
+        let header_len = datagram_header_len(data);
+        if let Some(flow) = self.datagrams.get(&(source, destination)) {
+            let payload = &mut self.payloads[flow.payload];
+            if header_len == flow.header_len && data[..header_len] == payload.bytes[..header_len] {
+                payload.alike += 1;
+                return;
+            } else if header_len == 0 {
+                payload.bare += 1;
+                return;
+            }
+        }
+        if self.payloads.len() < PAYLOADS_MAX {
+            self.datagrams.insert((source, destination), Datagrams { payload: self.payloads.len(), header_len });
+            self.payloads.push(Payload::new(Transport::Dgram, source, destination, data));
+        }
     }
 
     fn tcp(&mut self, source: SocketAddr, destination: SocketAddr, sequence: u32, flags: u8, data: &[u8]) {
@@ -251,7 +289,7 @@ impl Flows {
         if begins && self.payloads.len() < PAYLOADS_MAX {
             let next = syn.then(|| sequence.wrapping_add(1));
             let payload = self.payloads.len();
-            self.payloads.push(Payload { transport: Transport::Stream, source, destination, bytes: Vec::new() });
+            self.payloads.push(Payload::new(Transport::Stream, source, destination, &[]));
             self.connections.remove(&(destination, source));
             self.connections.insert((source, destination), Connection { payload, next, done: false });
         }
@@ -276,6 +314,19 @@ impl Flows {
             }
             None => true,
         }
+    }
+}
+
+/// Bytes of the header that a datagram begins with, valid or not; 0: none.
+fn datagram_header_len(data: &[u8]) -> usize {
+    if spp::decode(data).is_ok() {
+        return spp::HEADER_BYTES;
+    }
+    match decode(data) {
+        Ok(Decoded::Complete { len, .. }) => len,
+        Ok(Decoded::Incomplete { .. }) => data.len(),
+        Err(error) if error.is_no_header() => 0,
+        Err(_) => data.len(),
     }
 }
 
@@ -428,6 +479,31 @@ mod tests {
             r#"192.0.2.1:5 > 192.0.2.2:80 "the port again""#,
         ];
         assert_eq!(found(&pcap([0xd4, 0xc3, 0xb2, 0xa1], 101, &packets)), expected);
+    }
+
+    #[test]
+    fn datagrams_of_a_flow_are_counted_by_header() {
+        let mut spp = Vec::new();
+        spp::encode(&mut spp, ([192, 0, 2, 9], 4_660).into(), ([192, 0, 2, 1], 53).into());
+        let with = |payload: &[u8]| [&spp, payload].concat();
+        let other = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0query";
+        let flow = |data: &[u8]| ipv4(17, &udp((5, 53), data));
+        let packets = [
+            flow(&with(b"one")),
+            flow(&with(b"")),
+            flow(b"bare"),
+            back(17, &udp((53, 5), b"answer")),
+            back(17, &udp((53, 5), b"another")),
+            ipv4(17, &udp((6, 53), b"another flow")),
+            flow(other),
+            flow(&with(b"again")),
+        ];
+        let file = pcap([0xd4, 0xc3, 0xb2, 0xa1], 101, &packets);
+        let found = payloads(&file).expect("a readable capture");
+        let counts: Vec<_> = found.iter().map(|p| (p.source.port(), p.bytes.len(), p.alike, p.bare)).collect();
+        let spp_len = spp::HEADER_BYTES;
+        let expected = [(5, spp_len + 3, 1, 1), (53, 6, 1, 0), (6, 12, 0, 0), (5, 21, 0, 0), (5, spp_len + 5, 0, 0)];
+        assert_eq!(counts, expected);
     }
 
     proptest! {

@@ -1,19 +1,20 @@
 //! `preface decode`: explains header bytes field by field.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
 
 use super::capture::{self, Payload};
-use crate::proxy_protocol::explain::{explain, explain_error};
+use crate::proxy_protocol::explain::{explain, explain_error, explain_spp};
+use crate::proxy_protocol::spp::{self, SppError};
 use crate::proxy_protocol::{Decoded, Transport, decode};
 
 /// Largest input.
 const INPUT_BYTES_MAX: u64 = 256 << 20;
 
-/// Explain the bytes of a PROXY header field by field
+/// Explain the bytes of a PROXY header, v1, v2 or spp, field by field
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -21,8 +22,8 @@ Examples:
   preface decode 'PROXY TCP4 198.51.100.22 203.0.113.7 35646 80\\r\\n'
   tcpdump -i any -w - port 8080 | preface decode -")]
 pub struct Args {
-    /// Hex digits (spaces, colons, \x and 0x are fine), a v1 line, a file of raw bytes or hex, a pcap or pcapng capture,
-    /// or - for standard input
+    /// Hex digits (spaces, colons, \x and 0x are fine), a v1 line, a file of raw bytes or hex, a pcap or pcapng capture
+    /// (TCP and UDP), or - for standard input
     #[arg(value_name = "HEX or FILE or -")]
     pub input: Vec<String>,
 }
@@ -86,19 +87,31 @@ fn explain_input(bytes: &[u8]) -> anyhow::Result<String> {
         return explain_capture(&capture::payloads(bytes)?);
     }
     match from_hex(bytes) {
-        Some(bytes) => explain_bytes(&bytes),
-        None => explain_bytes(bytes),
+        Some(bytes) => explain_datagram(&bytes),
+        None => explain_datagram(bytes),
     }
+}
+
+/// What may also be Cloudflare's header, which only datagrams have.
+fn explain_datagram(bytes: &[u8]) -> anyhow::Result<String> {
+    match spp::decode(bytes) {
+        Ok(spp) => {
+            let (raw, payload) = bytes.split_at(spp::HEADER_BYTES);
+            Ok(explain_spp(&spp, raw) + &following(raw.len(), payload.len()))
+        }
+        Err(error @ SppError::Short { .. }) => bail!("{error}; the datagram, or this copy of it, was cut"),
+        Err(SppError::Magic) => explain_bytes(bytes),
+    }
+}
+
+fn following(at: usize, len: usize) -> String {
+    if len == 0 { String::new() } else { format!("{at:5}  bytes that follow the header: {len}\n") }
 }
 
 fn explain_bytes(bytes: &[u8]) -> anyhow::Result<String> {
     match decode(bytes) {
         Ok(Decoded::Complete { header, len }) => {
-            let mut text = explain(&header, &bytes[..len]);
-            if len < bytes.len() {
-                writeln!(text, "{len:5}  bytes that follow the header: {}", bytes.len() - len)?;
-            }
-            Ok(text)
+            Ok(explain(&header, &bytes[..len]) + &following(len, bytes.len() - len))
         }
         Ok(Decoded::Incomplete { needed }) => bail!(
             "the header is not complete: {} bytes are here and valid so far, at least {needed} more must follow; \
@@ -110,37 +123,61 @@ fn explain_bytes(bytes: &[u8]) -> anyhow::Result<String> {
 }
 
 fn explain_capture(payloads: &[Payload]) -> anyhow::Result<String> {
-    let (mut text, mut headers, mut bare) = (String::new(), 0, [0, 0]);
+    let (mut text, mut introduced, mut bare) = (String::new(), Counts::default(), Counts::default());
     for payload in payloads {
-        let kind = match payload.transport {
-            Transport::Stream => "TCP connection",
-            Transport::Dgram => "UDP datagram",
-        };
-        let is_none = matches!(decode(&payload.bytes), Err(error) if error.is_no_header());
-        if is_none {
-            bare[usize::from(payload.transport == Transport::Dgram)] += 1;
+        let is_datagram = payload.transport == Transport::Dgram;
+        let is_spp = is_datagram && spp::decode(&payload.bytes).is_ok();
+        if !is_spp && matches!(decode(&payload.bytes), Err(error) if error.is_no_header()) {
+            bare.add(payload.transport, 1 + payload.alike);
             continue;
         }
-        headers += 1;
+        introduced.add(payload.transport, 1 + payload.alike);
+        bare.add(payload.transport, payload.bare);
+        let kind = if is_datagram { "UDP datagram" } else { "TCP connection" };
         writeln!(text, "== {kind} {} > {}", payload.source, payload.destination)?;
-        match explain_bytes(&payload.bytes) {
-            Ok(explained) => writeln!(text, "{explained}")?,
-            Err(error) => writeln!(text, "{error}\n")?,
+        let explained = if is_datagram { explain_datagram(&payload.bytes) } else { explain_bytes(&payload.bytes) };
+        match explained {
+            Ok(explained) => text.push_str(&explained),
+            Err(error) => writeln!(text, "{error}")?,
         }
+        if is_datagram && (payload.alike, payload.bare) != (0, 0) {
+            writeln!(
+                text,
+                "further datagrams of this flow: {} with this header, {} without one",
+                payload.alike, payload.bare
+            )?;
+        }
+        text.push('\n');
     }
-    writeln!(
-        text,
-        "with a PROXY header: {headers}; without one: TCP connections {}, UDP datagrams {}",
-        bare[0], bare[1]
-    )?;
-    match headers {
-        0 => bail!(
-            "no PROXY header in this capture (TCP connections without one: {}, UDP datagrams: {}); \
-             capture from before the connections are opened, between the sender of the header and its receiver",
-            bare[0],
-            bare[1]
+    writeln!(text, "with a PROXY header: {introduced}; without one: {bare}")?;
+    match introduced {
+        Counts { connections: 0, datagrams: 0 } => bail!(
+            "no PROXY header in this capture (without one: {bare}); \
+             capture from before the connections are opened, between the sender of the header and its receiver"
         ),
         _ => Ok(text),
+    }
+}
+
+/// How much of a capture is of one kind.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    connections: usize,
+    datagrams: usize,
+}
+
+impl Counts {
+    fn add(&mut self, transport: Transport, count: usize) {
+        match transport {
+            Transport::Stream => self.connections += count,
+            Transport::Dgram => self.datagrams += count,
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TCP connections {}, UDP datagrams {}", self.connections, self.datagrams)
     }
 }
 
@@ -180,6 +217,7 @@ mod tests {
         let errors = [
             explain_input(b"PROXY TCP4 198.51.100.22"),
             explain_input(b"220 mail.example.com ESMTP"),
+            explain_input(b"56ec 00000000000000000000ffffc0000207"),
             explain_capture(&[]),
             read(&["no-such-file".into()]).map(|_| String::new()),
         ];
@@ -190,12 +228,11 @@ mod tests {
     #[test]
     fn a_capture_in_words() {
         let address = |text: &str| text.parse().expect("an address");
-        let payload = |transport, bytes: &[u8]| Payload {
-            transport,
-            source: address("10.0.0.1:40000"),
-            destination: address("10.0.0.2:80"),
-            bytes: bytes.to_vec(),
-        };
+        let payload =
+            |transport, bytes: &[u8]| Payload::new(transport, address("10.0.0.1:40000"), address("10.0.0.2:80"), bytes);
+        let mut spp = Vec::new();
+        spp::encode(&mut spp, address("192.0.2.7:4660"), address("203.0.113.9:53"));
+        spp.extend(b"query");
         let payloads = [
             payload(Transport::Stream, b"PROXY UNKNOWN\r\n"),
             payload(Transport::Stream, b"GET /"),
@@ -204,6 +241,10 @@ mod tests {
                 b"\r\n\r\n\0\r\nQUIT\n\x21\x12\x00\x0c\xc0\0\x02\x01\xc0\0\x02\x02\0\x01\0\x02query",
             ),
             payload(Transport::Dgram, b"\r\n\r\n\0\r\nQUIT\n\x21\x12\x00\x0b"),
+            Payload { alike: 12, bare: 3, ..payload(Transport::Dgram, &spp) },
+            Payload { alike: 14, ..payload(Transport::Dgram, b"answer") },
+            // A connection cannot begin with it.
+            payload(Transport::Stream, &spp),
         ];
         insta::assert_snapshot!(explain_capture(&payloads).expect("headers"));
     }

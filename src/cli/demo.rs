@@ -1,10 +1,11 @@
-//! `preface demo`: two receivers, a balancer in front of them, and what the receivers read of two first connections.
+//! `preface demo`: two receivers, a balancer in front of them, and what the receivers read of two first connections and
+//! a first datagram.
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::fs::{self, DirBuilder};
 use std::io::{self, IsTerminal, Read, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -13,35 +14,37 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 
 use super::whoami::{self, First, Seen};
-use crate::proxy_protocol::Addresses;
 use crate::proxy_protocol::explain::explain;
+use crate::proxy_protocol::{Addresses, Transport};
 
 /// The balancer must listen, and a header arrive, within this.
 const FIRST_CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two attempts to reach a balancer that is only just starting.
 const CONNECT_PAUSE: Duration = Duration::from_millis(5);
+/// A datagram may be lost: after this long it is sent again.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Names tried for the directory before giving up.
 const DIRECTORY_ATTEMPTS_MAX: usize = 16;
 
 /// See preface work: no file, no root, nothing to install
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Starts two receivers and a balancer in front of them on 127.0.0.1, with a v1 and a v2 listener,
-shows the headers of two first connections, and serves until Ctrl-C.")]
+Starts two receivers and a balancer in front of them on 127.0.0.1, with a v1, a v2 and a UDP listener,
+shows the headers of two first connections and a first datagram, and serves until Ctrl-C.")]
 pub struct Args {}
 
 /// Everything starts, is shown, and serves until Ctrl-C.
 pub fn run(_: Args) -> anyhow::Result<()> {
-    let receivers = [listen(9081)?, listen(9082)?];
+    let receivers = [Receiver::bind(9081)?, Receiver::bind(9082)?];
     let ports = Ports::choose(&receivers)?;
     let scene = Scene { directory: Directory::create()?, ports };
     fs::write(scene.file(), scene.toml()).with_context(|| format!("cannot write {}", scene.file().display()))?;
 
     let (sender, seen) = mpsc::channel();
-    for listener in receivers {
+    for receiver in receivers {
         let sender = sender.clone();
         spawn("receiver", move || {
-            let Err(error) = receive(listener, sender);
+            let Err(error) = receiver.serve(sender);
             eprintln!("preface demo: a receiver could not start: {error}");
         })?;
     }
@@ -60,28 +63,41 @@ pub fn run(_: Args) -> anyhow::Result<()> {
 struct Ports {
     v1: SocketAddr,
     v2: SocketAddr,
+    udp: SocketAddr,
     admin: SocketAddr,
     receivers: [SocketAddr; 2],
+    /// The receivers' for datagrams: the same numbers, where they are free.
+    datagram_receivers: [SocketAddr; 2],
 }
 
 impl Ports {
     /// The easily remembered ones where they are free. All are held until each is known, so no two are the same.
-    fn choose(receivers: &[TcpListener; 2]) -> anyhow::Result<Ports> {
+    fn choose(receivers: &[Receiver; 2]) -> anyhow::Result<Ports> {
         let held = [listen(8081)?, listen(8082)?, listen(9900)?];
+        let [first, second] = receivers;
         Ok(Ports {
             v1: held[0].local_addr()?,
             v2: held[1].local_addr()?,
+            udp: bind(8083)?.local_addr()?,
             admin: held[2].local_addr()?,
-            receivers: [receivers[0].local_addr()?, receivers[1].local_addr()?],
+            receivers: [first.tcp.local_addr()?, second.tcp.local_addr()?],
+            datagram_receivers: [first.udp.local_addr()?, second.udp.local_addr()?],
         })
     }
 }
 
-/// On that port of 127.0.0.1, or on any if it is taken.
+/// On that TCP port of 127.0.0.1, or on any if it is taken.
 fn listen(port: u16) -> anyhow::Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port))
         .or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
         .context("no free port on 127.0.0.1")
+}
+
+/// The same for UDP.
+fn bind(port: u16) -> anyhow::Result<UdpSocket> {
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, port))
+        .or_else(|_| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)))
+        .context("no free UDP port on 127.0.0.1")
 }
 
 /// What was set up for this demo, and goes with it.
@@ -96,7 +112,8 @@ impl Scene {
     }
 
     fn toml(&self) -> String {
-        let Ports { v1, v2, admin, receivers: [first, second] } = self.ports;
+        let Ports { v1, v2, udp, admin, receivers: [first, second], datagram_receivers } = self.ports;
+        let [first_udp, second_udp] = datagram_receivers;
         format!(
             r#"# The demo's configuration. Change something and save: the running balancer takes it over, and tells you so.
 # A mistake changes nothing; you are told where it is.
@@ -116,6 +133,11 @@ pool = "v1"
 bind = "{v2}"
 pool = "v2"
 
+[listeners.udp]
+bind = "{udp}"
+protocol = "udp"
+pool = "udp"
+
 [pools.v1]
 proxy_protocol = "v1"                   # try "v2", or "off"
 upstreams = ["{first}", "{second}"]
@@ -131,6 +153,11 @@ health_check = {{ protocol = "http" }}
 vpce_id = "vpce-08d2bf15fac5001c9"      # an AWS VPC endpoint: try another one
 crc32c = true
 unique_id = true                        # the same id as in the log line
+
+[pools.udp]
+proxy_protocol = "v2"                   # before each datagram; try "spp"
+upstreams = ["{first_udp}", "{second_udp}"]
+health_check = {{ protocol = "udp", send = "check", expect = "check" }}
 "#
         )
     }
@@ -171,17 +198,37 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
     Ok(())
 }
 
-/// One receiver, for as long as the process lives.
-fn receive(listener: TcpListener, sender: mpsc::Sender<Seen>) -> io::Result<Infallible> {
-    listener.set_nonblocking(true)?;
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        // Once the story is told nobody asks any more.
-        match whoami::serve(listener, move |seen| drop(sender.send(seen))).await {}
-    })
+/// One receiver of connections and datagrams.
+struct Receiver {
+    tcp: TcpListener,
+    udp: UdpSocket,
 }
 
-/// The thread that makes the first connections and says what they showed.
+impl Receiver {
+    fn bind(port: u16) -> anyhow::Result<Receiver> {
+        let tcp = listen(port)?;
+        let udp = bind(tcp.local_addr()?.port())?;
+        Ok(Receiver { tcp, udp })
+    }
+
+    /// For as long as the process lives.
+    fn serve(self, sender: mpsc::Sender<Seen>) -> io::Result<Infallible> {
+        self.tcp.set_nonblocking(true)?;
+        self.udp.set_nonblocking(true)?;
+        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(self.tcp)?;
+            let socket = tokio::net::UdpSocket::from_std(self.udp)?;
+            // Once the story is told nobody asks any more.
+            let of_datagrams = sender.clone();
+            tokio::select! {
+                never = whoami::serve(listener, move |seen| drop(sender.send(seen))) => match never {},
+                never = whoami::serve_udp(socket, move |seen| drop(of_datagrams.send(seen))) => match never {},
+            }
+        })
+    }
+}
+
+/// The thread that makes the first connections, sends the first datagram, and says what they showed.
 struct Story {
     seen: mpsc::Receiver<Seen>,
     paint: Paint,
@@ -191,13 +238,15 @@ struct Story {
 
 impl Story {
     fn tell(&self) -> anyhow::Result<()> {
-        let Ports { v1, v2, .. } = self.ports;
+        let Ports { v1, v2, udp, .. } = self.ports;
         // Both stay open until all is said, so that their lines in the log come after it.
         let (first, first_seen) = self.connect(v1)?;
         let (second, second_seen) = self.connect(v2)?;
+        let third_seen = self.send(udp)?;
         let mut text = self.opening();
         text.push_str(&self.chapter(1, "v1", v1, &first_seen)?);
         text.push_str(&self.chapter(2, "v2", v2, &second_seen)?);
+        text.push_str(&self.chapter(3, "v2", udp, &third_seen)?);
         text.push_str(&self.what_next());
         say(&text);
         drop((first, second));
@@ -223,34 +272,57 @@ impl Story {
             .write_all(b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n")
             .and_then(|()| stream.read_to_end(&mut answer))
             .with_context(|| format!("the first connection to {listener} failed"))?;
-        // The receivers also report health checks; this connection's header names this connection.
-        let seen = std::iter::from_fn(|| self.seen.recv_timeout(deadline - Instant::now().min(deadline)).ok())
-            .find(|seen| is_about(seen, client))
-            .ok_or_else(|| anyhow!("no receiver reported a header that names {client}"))?;
-        Ok((stream, seen))
+        Ok((stream, self.find(Transport::Stream, client, deadline)?))
+    }
+
+    /// A datagram through the balancer, answered, and what stood before it when it came to the receiver.
+    fn send(&self, listener: SocketAddr) -> anyhow::Result<Seen> {
+        let deadline = Instant::now() + FIRST_CONNECTION_TIMEOUT;
+        let socket = bind(0)?;
+        let client = socket.local_addr()?;
+        socket.connect(listener)?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let cannot = || format!("no answer to a datagram to {listener}");
+        let attempt = || socket.send(b"hello").and_then(|_| socket.recv(&mut [0; 2_048]));
+        while let Err(error) = attempt() {
+            if Instant::now() > deadline {
+                return Err(error).with_context(cannot);
+            }
+            std::thread::sleep(CONNECT_PAUSE);
+        }
+        self.find(Transport::Dgram, client, deadline)
+    }
+
+    /// The receivers also report health checks; a header of this client names this client.
+    fn find(&self, transport: Transport, client: SocketAddr, deadline: Instant) -> anyhow::Result<Seen> {
+        std::iter::from_fn(|| self.seen.recv_timeout(deadline - Instant::now().min(deadline)).ok())
+            .find(|seen| seen.transport == transport && is_about(seen, client))
+            .ok_or_else(|| anyhow!("no receiver reported a header that names {client}"))
     }
 
     fn opening(&self) -> String {
-        let Ports { v1, v2, receivers: [first, second], .. } = self.ports;
+        let Ports { v1, v2, udp, receivers: [first, second], .. } = self.ports;
         let title = self.paint.bold("preface demo");
         format!(
             "\n{title}: a balancer between you and two receivers, all on this machine\n\n\
              \x20 you -> {v1:<15} listener v1 --+--> {first} receiver\n\
-             \x20 you -> {v2:<15} listener v2 --+--> {second} receiver\n"
+             \x20 you -> {v2:<15} listener v2 --+--> {second} receiver\n\
+             \x20 you -> {udp:<15} listener udp -+\n"
         )
     }
 
-    /// One connection: what the receiver read first, field by field.
+    /// One connection or datagram: what the receiver read first, field by field.
     fn chapter(&self, number: usize, version: &str, listener: SocketAddr, seen: &Seen) -> anyhow::Result<String> {
         let First::Header { header, raw } = &seen.first else { bail!("no header came through {listener}") };
-        let title = format!("{number}. A connection to {listener}, where the pool sends {version}");
+        let (what, sends, before, did) = match seen.transport {
+            Transport::Stream => ("connection", version.to_owned(), "the client's first byte", "connected"),
+            Transport::Dgram => {
+                ("datagram", format!("{version} with each"), "the client's bytes, in the same datagram", "sent it")
+            }
+        };
+        let title = format!("{number}. A {what} to {listener}, where the pool sends {sends}");
         let mut text = format!("\n{}\n", self.paint.bold(&title));
-        let _ = writeln!(
-            text,
-            "   Before the client's first byte, receiver {} read these {} bytes:\n",
-            seen.local,
-            raw.len()
-        );
+        let _ = writeln!(text, "   Before {before}, receiver {} read these {} bytes:\n", seen.local, raw.len());
         let explained = explain(header, raw);
         let (facts, fields) = explained.split_once("\n\n").unwrap_or((&explained, ""));
         for line in facts.lines() {
@@ -260,12 +332,13 @@ impl Story {
         for line in fields.lines() {
             let _ = writeln!(text, "   {}", self.paint.dim(line));
         }
-        let _ = writeln!(text, "\n   Without them, all it would know is that {} connected: the balancer.", seen.peer);
+        let _ = writeln!(text, "\n   Without them, all it would know is that {} {did}: the balancer.", seen.peer);
         Ok(text)
     }
 
     fn what_next(&self) -> String {
-        let Ports { v1, v2, admin, receivers: [first, _] } = self.ports;
+        let Ports { v1, v2, udp, admin, receivers: [first, _], .. } = self.ports;
+        let (udp_ip, udp_port) = (udp.ip(), udp.port());
         let preface = command();
         let mut text = format!("\n{}\n\n", self.paint.bold("Try, in another terminal"));
         for (line, what) in [
@@ -273,6 +346,14 @@ impl Story {
             (
                 format!("curl http://{v2}/"),
                 "the same, v2 with its TLVs; once more, and the log names the other receiver",
+            ),
+            (
+                format!("nc -u {udp_ip} {udp_port}"),
+                "then type a line: it is a datagram, and the answer says what the receiver read before it",
+            ),
+            (
+                format!("bash -c 'exec 3<>/dev/udp/{udp_ip}/{udp_port}; echo hello >&3; timeout 1 cat <&3'"),
+                "the same where there is no nc",
             ),
             (format!("curl http://{admin}/status"), "listeners, pools, upstreams and their health"),
             (format!("curl http://{admin}/metrics"), "for Prometheus"),
@@ -297,6 +378,7 @@ fn is_about(seen: &Seen, client: SocketAddr) -> bool {
         First::Header { header, .. } => {
             matches!(header.addresses, Addresses::Inet { source, .. } if source == client)
         }
+        First::Spp { spp, .. } => spp.client == client,
         First::Nothing(_) | First::Wrong { .. } => false,
     }
 }
@@ -351,16 +433,23 @@ mod tests {
 
     fn ports() -> Ports {
         let local = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        Ports { v1: local(8081), v2: local(8082), admin: local(9900), receivers: [local(9081), local(9082)] }
+        Ports {
+            v1: local(8081),
+            v2: local(8082),
+            udp: local(8083),
+            admin: local(9900),
+            receivers: [local(9081), local(9082)],
+            datagram_receivers: [local(9081), local(9082)],
+        }
     }
 
-    fn seen(version: Version, listener: SocketAddr, tlvs: Vec<Tlv>) -> Seen {
+    fn seen(version: Version, transport: Transport, listener: SocketAddr, tlvs: Vec<Tlv>) -> Seen {
         let client: SocketAddr = "127.0.0.1:40112".parse().expect("an address");
-        let header = Header::proxy(version, Addresses::inet(client, listener, Transport::Stream), tlvs);
+        let header = Header::proxy(version, Addresses::inet(client, listener, transport), tlvs);
         let mut raw = Vec::new();
         header.encode(&mut raw).expect("a short header");
         let peer = "127.0.0.1:50132".parse().expect("an address");
-        Seen { transport: Transport::Stream, peer, local: ports().receivers[0], first: First::Header { header, raw } }
+        Seen { transport, peer, local: ports().receivers[0], first: First::Header { header, raw } }
     }
 
     #[test]
@@ -368,7 +457,7 @@ mod tests {
         let scene = Scene { directory: Directory::create().expect("a directory"), ports: ports() };
         let parsed = crate::config::parse("preface.toml", &scene.toml()).expect("valid");
         assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
-        assert_eq!(parsed.config.listeners.len(), 2);
+        assert_eq!(parsed.config.listeners.len(), 3);
     }
 
     #[test]
@@ -386,6 +475,9 @@ mod tests {
         let taken = listen(0).expect("a port");
         let other = listen(taken.local_addr().expect("bound").port()).expect("another port");
         assert_ne!(taken.local_addr().expect("bound"), other.local_addr().expect("bound"));
+        let taken = bind(0).expect("a port");
+        let other = bind(taken.local_addr().expect("bound").port()).expect("another port");
+        assert_ne!(taken.local_addr().expect("bound"), other.local_addr().expect("bound"));
     }
 
     #[test]
@@ -394,12 +486,14 @@ mod tests {
         let file = PathBuf::from("/tmp/preface-demo-123456/preface.toml");
         let story = Story { seen: nothing_more, paint: Paint { on: false }, file, ports: ports() };
         let vpce = vec![Tlv::AwsVpcEndpoint("vpce-08d2bf15fac5001c9".into())];
-        let first = seen(Version::V1, ports().v1, Vec::new());
-        let second = seen(Version::V2, ports().v2, vpce);
+        let first = seen(Version::V1, Transport::Stream, ports().v1, Vec::new());
+        let second = seen(Version::V2, Transport::Stream, ports().v2, vpce);
+        let third = seen(Version::V2, Transport::Dgram, ports().udp, Vec::new());
         let text = [
             story.opening(),
             story.chapter(1, "v1", ports().v1, &first).expect("a header"),
             story.chapter(2, "v2", ports().v2, &second).expect("a header"),
+            story.chapter(3, "v2", ports().udp, &third).expect("a header"),
             story.what_next().replace(&command(), "preface"),
         ]
         .concat();
@@ -408,7 +502,7 @@ mod tests {
 
     #[test]
     fn knows_its_own_connection_from_a_health_check() {
-        let own = seen(Version::V1, ports().v1, Vec::new());
+        let own = seen(Version::V1, Transport::Stream, ports().v1, Vec::new());
         assert!(is_about(&own, "127.0.0.1:40112".parse().expect("an address")));
         assert!(!is_about(&own, "127.0.0.1:40113".parse().expect("an address")));
         let check = Seen { first: First::Nothing(Vec::new()), ..own };

@@ -11,7 +11,8 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::proxy_protocol::explain::{explain, explain_error, facts, hex, summary, table};
+use crate::proxy_protocol::explain::{explain, explain_error, explain_spp, facts, hex, spp_facts, summary, table};
+use crate::proxy_protocol::spp::{self, Spp};
 use crate::proxy_protocol::{DecodeError, Decoded, HEADER_BYTES_MAX, Header, Transport, decode};
 
 /// Connections served at a time; more wait in the accept queue.
@@ -67,6 +68,13 @@ pub enum First {
         /// Its bytes.
         raw: Vec<u8>,
     },
+    /// Cloudflare's header, of a datagram.
+    Spp {
+        /// What it says.
+        spp: Spp,
+        /// Its bytes.
+        raw: Vec<u8>,
+    },
     /// Something else: the first bytes, none after a second of silence.
     Nothing(Vec<u8>),
     /// A header that is wrong.
@@ -85,7 +93,10 @@ impl Seen {
             First::Header { header, raw } => {
                 format!("{}\n{}", explain(header, raw), table(&[("raw".to_owned(), hex(raw, ""))]))
             }
-            First::Nothing(bytes) => format!("{}\n{}", Self::nothing(bytes), table(&self.own())),
+            First::Spp { spp, raw } => {
+                format!("{}\n{}", explain_spp(spp, raw), table(&[("raw".to_owned(), hex(raw, ""))]))
+            }
+            First::Nothing(bytes) => format!("{}\n{}", self.nothing(bytes), table(&self.own())),
             First::Wrong { error: Some(error), raw } => {
                 format!("{}\n{}", explain_error(error, raw), table(&self.own()))
             }
@@ -106,8 +117,9 @@ impl Seen {
         vec![fact("connected from", self.peer), fact("to", self.local)]
     }
 
-    fn nothing(bytes: &[u8]) -> String {
+    fn nothing(&self, bytes: &[u8]) -> String {
         match bytes {
+            [] if self.transport == Transport::Dgram => format!("{NO_HEADER}: the datagram is empty\n"),
             [] => format!("{NO_HEADER}: nothing was sent for a second\n"),
             bytes => {
                 let shown = &bytes[..bytes.len().min(16)];
@@ -154,7 +166,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let listener = TcpListener::bind(args.listen).await.with_context(cannot)?;
         let listen = listener.local_addr().with_context(cannot)?;
         let socket = UdpSocket::bind(listen).await.with_context(cannot)?;
-        say(&format!("answering on {listen}, TCP and UDP; try: curl --haproxy-protocol http://{listen}/"));
+        say(&format!(
+            "answering on {listen}, TCP and UDP; try: curl --haproxy-protocol http://{listen}/ or nc -u {} {}",
+            listen.ip(),
+            listen.port()
+        ));
         tokio::select! {
             never = serve(listener, print) => match never {},
             never = serve_udp(socket, print) => match never {},
@@ -166,6 +182,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn print(seen: Seen) {
     let what = match &seen.first {
         First::Header { header, .. } => summary(header).trim_end().replace('\n', "; "),
+        First::Spp { spp, .. } => table(&spp_facts(spp)).trim_end().replace('\n', "; "),
         First::Nothing(_) => "no PROXY header".to_owned(),
         First::Wrong { error: Some(error), .. } => error.to_string(),
         First::Wrong { error: None, .. } => "the PROXY header was never completed".to_owned(),
@@ -214,14 +231,7 @@ pub async fn serve_udp(socket: UdpSocket, on_header: impl Fn(Seen)) -> std::conv
             }
         };
         let local = socket.local_addr().unwrap_or(peer);
-        let (first, payload) = match decode(&buffer[..len]) {
-            Ok(Decoded::Complete { header, len: end }) => {
-                (First::Header { header, raw: buffer[..end].to_vec() }, &buffer[end..len])
-            }
-            Ok(Decoded::Incomplete { .. }) => (First::Wrong { error: None, raw: buffer[..len].to_vec() }, &[][..]),
-            Err(error) if error.is_no_header() => (First::Nothing(buffer[..len].to_vec()), &buffer[..len]),
-            Err(error) => (First::Wrong { error: Some(error), raw: buffer[..len].to_vec() }, &[][..]),
-        };
+        let (first, payload) = first_of_datagram(&buffer[..len]);
         // Two receivers that answer each other's answers would never stop.
         if matches!(&first, First::Nothing(bytes) if bytes.starts_with(NO_HEADER.as_bytes())) {
             continue;
@@ -229,6 +239,7 @@ pub async fn serve_udp(socket: UdpSocket, on_header: impl Fn(Seen)) -> std::conv
         let seen = Seen { transport: Transport::Dgram, peer, local, first };
         let said = match &seen.first {
             First::Header { header, .. } => summary(header),
+            First::Spp { spp, .. } => table(&spp_facts(spp)),
             _ => seen.text(),
         };
         let shown = String::from_utf8_lossy(&payload[..payload.len().min(256)]).escape_debug().to_string();
@@ -236,6 +247,26 @@ pub async fn serve_udp(socket: UdpSocket, on_header: impl Fn(Seen)) -> std::conv
         on_header(seen);
         let answer = &answer.as_bytes()[..answer.len().min(DATAGRAM_ANSWER_BYTES_MAX)];
         let _ = socket.send_to(answer, peer).await;
+    }
+}
+
+/// What a datagram begins with, and what follows it.
+fn first_of_datagram(datagram: &[u8]) -> (First, &[u8]) {
+    if let Ok(spp) = spp::decode(datagram) {
+        let (raw, payload) = datagram.split_at(spp::HEADER_BYTES);
+        return (First::Spp { spp, raw: raw.to_vec() }, payload);
+    }
+    match decode(datagram) {
+        Ok(Decoded::Complete { header, len }) => {
+            let (raw, payload) = datagram.split_at(len);
+            (First::Header { header, raw: raw.to_vec() }, payload)
+        }
+        // An empty datagram is no header that was cut.
+        Ok(Decoded::Incomplete { .. }) if !datagram.is_empty() => {
+            (First::Wrong { error: None, raw: datagram.to_vec() }, &[])
+        }
+        Err(error) if !error.is_no_header() => (First::Wrong { error: Some(error), raw: datagram.to_vec() }, &[]),
+        _ => (First::Nothing(datagram.to_vec()), datagram),
     }
 }
 
@@ -470,14 +501,24 @@ mod tests {
         tokio::spawn(serve_udp(socket, move |seen| drop(sender.send(seen))));
         let client = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
         let mut buffer = [0; 2_000];
+        let mut spp = Vec::new();
+        spp::encode(&mut spp, ([198, 51, 100, 22], 35_646).into(), ([203, 0, 113, 7], 53).into());
         for (bytes, expected) in [
             ([v2(Transport::Dgram), b"query".to_vec()].concat(), "transport    UDP over IPv4\n"),
+            (
+                [spp.clone(), b"query".to_vec()].concat(),
+                "client       198.51.100.22:35646\ndestination  203.0.113.7:53\n",
+            ),
             (b"query".to_vec(), "no PROXY header came: the first bytes are 71 75 65 72 79\n"),
+            (spp[..37].to_vec(), "no PROXY header came: the first bytes are 56 ec 00"),
+            (Vec::new(), "no PROXY header came: the datagram is empty\n"),
+            (v2(Transport::Dgram)[..20].to_vec(), "the PROXY header was never completed: 20 bytes came\n"),
         ] {
             client.send_to(&bytes, address).await.expect("a socket");
             let len = client.recv(&mut buffer).await.expect("an answer");
             let answer = String::from_utf8_lossy(&buffer[..len]);
-            assert!(answer.contains(expected) && answer.ends_with("payload  query\n"), "{answer}");
+            assert!(answer.contains(expected), "{answer}");
+            assert!(answer.ends_with("payload  query\n") || !bytes.ends_with(b"query"), "{answer}");
             assert_eq!(seen.recv().await.expect("the receiver runs").transport, Transport::Dgram);
         }
     }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Config, HealthCheck, Listener, Pool, Probe, Tlvs, Upstream, Version};
+use super::{Config, HeaderFormat, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, Upstream};
 
 /// One line a change, for people, in the order of the file: `pool "ingress": upstream 10.0.0.31:80 added`.
 pub fn diff(old: &Config, new: &Config) -> Vec<String> {
@@ -114,13 +114,8 @@ fn comma<T: Display>(list: &[T]) -> String {
     list.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn version(version: &Option<Version>) -> String {
-    match version {
-        None => "off",
-        Some(Version::V1) => "v1",
-        Some(Version::V2) => "v2",
-    }
-    .to_owned()
+fn format(format: &Option<HeaderFormat>) -> String {
+    format.map_or("off", HeaderFormat::as_str).to_owned()
 }
 
 fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
@@ -158,14 +153,22 @@ fn changed_listener(lines: &mut Lines, old: &Listener, new: &Listener) {
         true => {}
         false => lines.say(&format!("bind [{}] -> [{}]", shown(old), shown(new))),
     }
+    lines.list("protocol", &old.protocols, &new.protocols);
     lines.key("pool", &old.pool, &new.pool, |pool| format!("{pool:?}"));
-    lines.duration("idle_timeout", old.idle_timeout, new.idle_timeout);
+    if old.serves(Protocol::Tcp) || new.serves(Protocol::Tcp) {
+        lines.duration("idle_timeout", old.idle_timeout, new.idle_timeout);
+    }
+    if old.serves(Protocol::Udp) || new.serves(Protocol::Udp) {
+        lines.duration("idle_timeout (udp)", old.idle_timeout_udp, new.idle_timeout_udp);
+    }
     lines.key("keepalive", &old.keepalive, &new.keepalive, |time| match time {
         None => "off".to_owned(),
         Some(time) => humantime::format_duration(*time).to_string(),
     });
     lines.plain("max_connections", &old.max_connections, &new.max_connections);
     lines.plain("max_connections_per_source", &old.max_connections_per_source, &new.max_connections_per_source);
+    lines.plain("max_sessions", &old.max_sessions, &new.max_sessions);
+    lines.plain("responses", &old.responses, &new.responses);
     lines.list("allow", &old.allow, &new.allow);
     lines.list("deny", &old.deny, &new.deny);
     changed_tlvs(lines, "", &old.tlvs, &new.tlvs);
@@ -173,6 +176,7 @@ fn changed_listener(lines: &mut Lines, old: &Listener, new: &Listener) {
 
 fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
     lines.plain("balance", &old.balance, &new.balance);
+    lines.plain("udp_header", &old.udp_header, &new.udp_header);
     lines.list("source", &old.source, &new.source);
     lines.duration("connect_timeout", old.connect_timeout, new.connect_timeout);
     lines.duration("connect_deadline", old.connect_deadline, new.connect_deadline);
@@ -182,6 +186,7 @@ fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
     lines.plain("unhealthy_after_failed_connects", a, b);
     lines.duration("drain_timeout", old.drain_timeout, new.drain_timeout);
     lines.plain("on_unhealthy", &old.on_unhealthy, &new.on_unhealthy);
+    lines.plain("fast_open", &old.fast_open, &new.fast_open);
     lines.plain("when_none_healthy", &old.when_none_healthy, &new.when_none_healthy);
     match (&old.health_check, &new.health_check) {
         (None, None) => {}
@@ -208,7 +213,7 @@ fn changed_upstreams(lines: &mut Lines, old: &[Upstream], new: &[Upstream]) {
         };
         lines.plain(&format!("{what}: weight"), &old.weight, &upstream.weight);
         lines.plain(&format!("{what}: backup"), &old.backup, &upstream.backup);
-        lines.key(&format!("{what}: proxy_protocol"), &old.proxy_protocol, &upstream.proxy_protocol, version);
+        lines.key(&format!("{what}: proxy_protocol"), &old.proxy_protocol, &upstream.proxy_protocol, format);
         lines.plain(&format!("{what}: max_connections"), &old.max_connections, &upstream.max_connections);
         changed_tlvs(lines, &format!("{what}: "), &old.tlvs, &upstream.tlvs);
     }
@@ -223,6 +228,9 @@ fn changed_health_check(lines: &mut Lines, old: &HealthCheck, new: &HealthCheck)
         Probe::Tcp { send, expect } if send.is_empty() && expect.is_empty() => "tcp".to_owned(),
         Probe::Tcp { send, expect } => {
             format!("tcp (send \"{}\", expect \"{}\")", send.escape_ascii(), expect.escape_ascii())
+        }
+        Probe::Udp { send, expect } => {
+            format!("udp (send \"{}\", expect \"{}\")", send.escape_ascii(), expect.escape_ascii())
         }
         Probe::Http { path, host, expect_status } => {
             let ranges = expect_status.iter().map(|(low, high)| match low == high {

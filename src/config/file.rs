@@ -197,27 +197,7 @@ impl<'a> Section<'a> {
         let key = self.key(name);
         let Kind::Word { now, later } = key.kind else { unreachable!("{name} is a word") };
         let read = self.value(name).and_then(|value| match value.get_ref() {
-            DeValue::String(text) => {
-                let found = now.iter().copied().find(|word| word == text);
-                if found.is_none() {
-                    self.note(match later.contains(&text.as_ref()) {
-                        true => not_supported(&value.span(), &format!("{name} = {text:?}"))
-                            .help(format!("what works today: {}", quoted(now))),
-                        false => unknown_word(&value.span(), name, text, now),
-                    });
-                }
-                found
-            }
-            DeValue::Array(words) => {
-                let is_later =
-                    |word: &&Spanned<DeValue<'_>>| word.get_ref().as_str().is_some_and(|w| later.contains(&w));
-                let Some(word) = words.iter().find(is_later) else {
-                    return self.wrong_type(name, value, &one_of(now));
-                };
-                let what = format!("{name} = {:?}", word.get_ref().as_str().unwrap_or_default());
-                self.note(not_supported(&word.span(), &what).help(format!("what works today: {}", quoted(now))));
-                None
-            }
+            DeValue::String(text) => self.known_word(name, text, &value.span(), now, later),
             DeValue::Boolean(false) if now.contains(&"off") => {
                 let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be {}", one_of(now)));
                 self.note(diagnostic.label("a boolean").help("write \"off\""));
@@ -229,6 +209,59 @@ impl<'a> Section<'a> {
             Default::Text(word) => word,
             _ => "",
         })
+    }
+
+    /// A `Kind::Words`: those written, each once, else the default.
+    pub(super) fn words(&self, name: &str) -> Vec<&'static str> {
+        let key = self.key(name);
+        let Kind::Words { now, later } = key.kind else { unreachable!("{name} are words") };
+        let default = match key.default {
+            Default::Text(word) => vec![word],
+            _ => Vec::new(),
+        };
+        let Some(value) = self.value(name) else { return default };
+        let elements = match value.get_ref() {
+            DeValue::Array(array) if array.is_empty() => {
+                self.note(Diagnostic::error(&value.span(), format!("{name:?} must be {}", one_of(now))).label("empty"));
+                return default;
+            }
+            DeValue::Array(array) => array.iter().collect(),
+            _ => vec![value],
+        };
+        let mut words = Vec::new();
+        for element in elements {
+            let word = match element.get_ref() {
+                DeValue::String(text) => self.known_word(name, text, &element.span(), now, later),
+                _ => self.wrong_type(name, element, &format!("{}, or a list of them", one_of(now))),
+            };
+            match word {
+                Some(word) if words.contains(&word) => {
+                    self.note(Diagnostic::error(&element.span(), format!("{word:?} stands twice in {name:?}")));
+                }
+                Some(word) => words.push(word),
+                None => {}
+            }
+        }
+        if words.is_empty() { default } else { words }
+    }
+
+    fn known_word(
+        &self,
+        name: &str,
+        text: &str,
+        span: &Span,
+        now: &[&'static str],
+        later: &[&'static str],
+    ) -> Option<&'static str> {
+        let found = now.iter().copied().find(|word| *word == text);
+        if found.is_none() {
+            self.note(match later.contains(&text) {
+                true => not_supported(span, &format!("{name} = {text:?}"))
+                    .help(format!("what works today: {}", quoted(now))),
+                false => unknown_word(span, name, text, now),
+            });
+        }
+        found
     }
 
     /// A `Kind::Text`: the one written, else the default.

@@ -2,8 +2,8 @@
 
 use super::error::Diagnostic;
 use super::file::Section;
-use super::pool::version;
-use super::{CheckCommand, CheckHeader, HealthCheck, Probe, Upstream, Version};
+use super::pool::format;
+use super::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe, Upstream};
 
 /// Question or expected answer of a check.
 const PAYLOAD_BYTES_MAX: usize = 4_096;
@@ -30,6 +30,8 @@ pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthC
         proxy_command: match section.word("proxy_command") {
             "proxy" => CheckCommand::Proxy,
             "unknown" => CheckCommand::Unknown,
+            // Receivers of datagrams know PROXY; Knot refuses LOCAL.
+            "" if section.text_is("protocol", "udp") => CheckCommand::Proxy,
             _ => CheckCommand::Local,
         },
     };
@@ -42,31 +44,39 @@ pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthC
         section.note(diagnostic.help("checks of one upstream do not overlap: a slow one delays the next"));
     }
     check_command(&section, &check, upstreams);
+    check_header_fits(&section, &check, upstreams);
     Some(check)
 }
 
 fn probe(section: &Section<'_>) -> Probe {
-    let http = section.word("protocol") == "http";
+    let protocol = section.word("protocol");
     let (own, other): (&[&str], &[&str]) = (&["send", "expect"], &["path", "host", "expect_status"]);
     // A protocol that could not be read says nothing about which keys belong to it.
-    let known = section.written("protocol").is_none() || http || section.text_is("protocol", "tcp");
-    for key in if http { own } else { other } {
+    let known = !section.word_is_wrong("protocol");
+    for key in if protocol == "http" { own } else { other } {
         if let (Some(span), true) = (section.written(key), known) {
-            let (is, belongs) = if http { ("http", "tcp") } else { ("tcp", "http") };
-            let diagnostic = Diagnostic::error(&span, format!("{key:?} is for {belongs} checks, and this one is {is}"));
-            section.note(match http {
-                true => diagnostic.help("a check with protocol = \"http\" has path, host and expect_status"),
-                false => diagnostic.help("write protocol = \"http\", or use send and expect"),
-            });
+            let belongs = if protocol == "http" { "tcp and udp" } else { "http" };
+            let message = format!("{key:?} is for {belongs} checks, and this one is {protocol}");
+            section.note(Diagnostic::error(&span, message).help(match protocol {
+                "http" => "a check with protocol = \"http\" has path, host and expect_status",
+                _ => "write protocol = \"http\", or use send and expect",
+            }));
         }
     }
     let path = target(section, "path").unwrap_or_else(|| "/".to_owned());
     let host = target(section, "host");
     let expect_status = statuses(section);
     let (send, expect) = (payload(section, "send"), payload(section, "expect"));
-    match http {
-        true => Probe::Http { path, host, expect_status },
-        false => Probe::Tcp { send, expect },
+    match protocol {
+        "http" => Probe::Http { path, host, expect_status },
+        "udp" => {
+            if let (Some(span), None) = (section.written("expect"), section.written("send")) {
+                let diagnostic = Diagnostic::warning(&span, "this check expects an answer to an empty datagram");
+                section.note(diagnostic.help("few servers answer one: write a question into \"send\""));
+            }
+            Probe::Udp { send, expect }
+        }
+        _ => Probe::Tcp { send, expect },
     }
 }
 
@@ -143,7 +153,7 @@ fn header(section: &Section<'_>, port: Option<u16>, upstreams: &[Upstream]) -> C
             }
             CheckHeader::Off
         }
-        word => version(word).map_or(CheckHeader::Off, CheckHeader::Version),
+        word => format(word).map_or(CheckHeader::Off, CheckHeader::Format),
     }
 }
 
@@ -152,18 +162,51 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
     if section.word_is_wrong("proxy_protocol") {
         return;
     }
-    let sends = |version: Version| match check.proxy_protocol {
-        CheckHeader::Off => false,
-        CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(version)),
-        CheckHeader::Version(own) => own == version,
+    let sends = |format| sends(check, upstreams, format);
+    let (v1, v2, spp) = (sends(HeaderFormat::V1), sends(HeaderFormat::V2), sends(HeaderFormat::Spp));
+    let error = match check.proxy_command {
+        CheckCommand::Unknown if !v1 && v2 => Some((
+            "\"unknown\" is a word of v1, and these checks send v2",
+            "write \"local\": it says the same in v2, that the check speaks for itself",
+        )),
+        CheckCommand::Unknown | CheckCommand::Local if !v1 && !v2 && spp => Some((
+            "these checks send spp, which can name nothing but their own addresses",
+            "leave \"proxy_command\" out",
+        )),
+        _ => None,
     };
-    let (v1, v2) = (sends(Version::V1), sends(Version::V2));
-    if check.proxy_command == CheckCommand::Unknown && v2 && !v1 {
-        let diagnostic = Diagnostic::error(&span, "\"unknown\" is a word of v1, and these checks send v2");
-        section.note(diagnostic.help("write \"local\": it says the same in v2, that the check speaks for itself"));
-    } else if check.proxy_command != CheckCommand::Local && !v1 && !v2 && !upstreams.is_empty() {
+    if let Some((message, help)) = error {
+        section.note(Diagnostic::error(&span, message).help(help));
+    } else if check.proxy_command != CheckCommand::Local && !v1 && !v2 && !spp && !upstreams.is_empty() {
         section.note(
             Diagnostic::warning(&span, "\"proxy_command\" has no effect: these checks send no header").if_whole(),
         );
     }
+}
+
+/// Does some check of these upstreams send this header?
+fn sends(check: &HealthCheck, upstreams: &[Upstream], format: HeaderFormat) -> bool {
+    match check.proxy_protocol {
+        CheckHeader::Off => false,
+        // Where spp cannot stand, "same" means none.
+        CheckHeader::Same if format == HeaderFormat::Spp && !matches!(check.probe, Probe::Udp { .. }) => false,
+        CheckHeader::Same => upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(format)),
+        CheckHeader::Format(own) => own == format,
+    }
+}
+
+/// v1 has no form for datagrams, and spp no other.
+fn check_header_fits(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
+    let is_udp = matches!(check.probe, Probe::Udp { .. });
+    let message = match check.proxy_protocol {
+        CheckHeader::Format(HeaderFormat::V1) if is_udp => "v1 has no form for UDP, and this check is udp",
+        CheckHeader::Same if is_udp && sends(check, upstreams, HeaderFormat::V1) => {
+            "this check is udp and sends the traffic's header, v1, which has no form for UDP"
+        }
+        CheckHeader::Format(HeaderFormat::Spp) if !is_udp => "spp is for UDP alone, and this check is not udp",
+        _ => return,
+    };
+    let key = if section.written("proxy_protocol").is_some() { "proxy_protocol" } else { "protocol" };
+    let diagnostic = Diagnostic::error(&section.span_of(key), message);
+    section.note(diagnostic.help("write proxy_protocol = \"v2\" or \"off\" in this table"));
 }

@@ -45,6 +45,13 @@ pub enum Kind {
         /// What may be written one day.
         later: &'static [&'static str],
     },
+    /// One of these, or a list of them.
+    Words {
+        /// What may be written today.
+        now: &'static [&'static str],
+        /// What may be written one day.
+        later: &'static [&'static str],
+    },
     /// Any string; the words say which, as in `must be ...`.
     Text(&'static str),
     /// A string or a list of them.
@@ -228,16 +235,16 @@ static LISTENER: Table = Table {
         ),
         key(
             "protocol",
-            Kind::Word { now: &["tcp"], later: &["udp", "tls"] },
+            Kind::Words { now: &["tcp", "udp"], later: &["tls"] },
             Default::Text("tcp"),
-            "What clients speak.",
+            "What clients speak: \"tcp\", \"udp\", or [\"tcp\", \"udp\"] for services such as DNS.",
         ),
         key("pool", Kind::Text("the name of a pool"), Default::Required, "Name of the pool that serves it."),
         key(
             "idle_timeout",
             Kind::Duration(MILLISECOND, YEAR),
             Default::Text("1h"),
-            "A connection without a byte from either side for this long is ended.",
+            "A connection or session without a byte from either side for this long is ended; udp: 120s where it is not written.",
         ),
         key(
             "keepalive",
@@ -269,8 +276,18 @@ static LISTENER: Table = Table {
             Default::Texts(&[]),
             "Client networks that may not; looked at before allow.",
         ),
-        later("max_sessions"),
-        later("responses"),
+        key(
+            "max_sessions",
+            Kind::Integer(0, CONNECTIONS_MAX),
+            Default::Integer(0),
+            "udp: open sessions of this listener; 0: 16,384, or fewer where ports or descriptors are short.",
+        ),
+        key(
+            "responses",
+            Kind::Integer(0, 1_000_000),
+            Default::Integer(0),
+            "udp: a session ends when each datagram of its client has had this many replies (DNS: 1); 0: by idle_timeout alone.",
+        ),
         key("tlvs", Kind::Table(&TLVS), Default::None, TLVS.doc),
         later("accept_proxy_protocol"),
     ],
@@ -288,11 +305,16 @@ static POOL: Table = Table {
         ),
         key(
             "proxy_protocol",
-            Kind::Word { now: &["off", "v1", "v2"], later: &["spp"] },
+            Kind::Word { now: &["off", "v1", "v2", "spp"], later: &[] },
             Default::Text("off"),
-            "Version of the PROXY protocol header that upstreams are sent. They must expect it.",
+            "Version of the PROXY protocol header that upstreams are sent. They must expect it. udp: v2, or spp (Simple Proxy Protocol).",
         ),
-        later("udp_header"),
+        key(
+            "udp_header",
+            Kind::Word { now: &["every_datagram", "first_datagram", "first_alone"], later: &[] },
+            Default::Text("every_datagram"),
+            "udp: on which datagrams of a session the header stands; first_alone: in a datagram of its own, before the first.",
+        ),
         key(
             "source",
             Kind::Texts("an IP address of this machine, or a list of them"),
@@ -353,7 +375,13 @@ static POOL: Table = Table {
             Default::Text("use_all"),
             "When no upstream is healthy, new connections go to all of them, or are reset.",
         ),
-        later("fast_open"),
+        key(
+            "fast_open",
+            Kind::Boolean,
+            Default::Boolean(false),
+            "TCP Fast Open: the header and the client's first bytes go out with the SYN once an upstream gave a cookie. \
+             An upstream must bear to get a SYN's bytes twice; its listening sockets need fast open, too.",
+        ),
         key("tlvs", Kind::Table(&TLVS), Default::None, TLVS.doc),
         key("health_check", Kind::Table(&HEALTH_CHECK), Default::None, HEALTH_CHECK.doc),
         key("upstreams", Kind::ListOrTexts(&UPSTREAM), Default::Required, UPSTREAM.doc),
@@ -384,7 +412,7 @@ static UPSTREAM: Table = Table {
         ),
         key(
             "proxy_protocol",
-            Kind::Word { now: &["off", "v1", "v2"], later: &["spp"] },
+            Kind::Word { now: &["off", "v1", "v2", "spp"], later: &[] },
             Default::None,
             "Overrides the pool's.",
         ),
@@ -470,9 +498,9 @@ static HEALTH_CHECK: Table = Table {
     keys: &[
         key(
             "protocol",
-            Kind::Word { now: &["tcp", "http"], later: &["udp", "https", "tls"] },
+            Kind::Word { now: &["tcp", "http", "udp"], later: &["https", "tls"] },
             Default::Text("tcp"),
-            "tcp: connect, then send and expect where they are set. http: GET, and look at the status.",
+            "tcp: connect, then send and expect where they are set. http: GET, and look at the status. udp: send, then expect; without expect only a refusal (ICMP) fails.",
         ),
         key(
             "interval",
@@ -512,19 +540,19 @@ static HEALTH_CHECK: Table = Table {
             Default::Text("200-399"),
             "http: the status codes that pass.",
         ),
-        key("send", Kind::Text("a string"), Default::None, "tcp: what is sent after connecting."),
-        key("expect", Kind::Text("a string"), Default::None, "tcp: what the answer must contain."),
+        key("send", Kind::Text("a string"), Default::None, "tcp: what is sent after connecting; udp: the datagram."),
+        key("expect", Kind::Text("a string"), Default::None, "tcp, udp: what the answer must contain."),
         key(
             "proxy_protocol",
-            Kind::Word { now: &["same", "off", "v1", "v2"], later: &[] },
+            Kind::Word { now: &["same", "off", "v1", "v2", "spp"], later: &[] },
             Default::None,
             "Header of the check; default: \"same\" as the traffic on the traffic port, \"off\" on another one.",
         ),
         key(
             "proxy_command",
             Kind::Word { now: &["local", "proxy", "unknown"], later: &[] },
-            Default::Text("local"),
-            "v2: LOCAL, or PROXY with the check's own addresses, which v1 always gives; unknown: v1 PROXY UNKNOWN.",
+            Default::None,
+            "v2: LOCAL (the default of tcp and http), or PROXY with the check's own addresses (the default of udp), which v1 always gives; unknown: v1 PROXY UNKNOWN.",
         ),
     ],
 };

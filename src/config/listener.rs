@@ -1,15 +1,18 @@
 //! PURE. `[listeners.NAME]`: from the table to a `Listener`, and the addresses of all of them beside each other.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 
 use super::error::Diagnostic;
 use super::file::{Section, Span, Text};
-use super::{Admin, AdminBind, Bind, Listener, address, tlvs};
+use super::{Admin, AdminBind, Bind, Listener, Protocol, address, tlvs};
 
 /// Longest name of a listener or pool: it stands in metrics, log lines and URLs.
 const NAME_BYTES_MAX: usize = 64;
+/// `idle_timeout` of UDP where it is not written: longer than DNS and QUIC leave a pause.
+const IDLE_TIMEOUT_UDP: Duration = Duration::from_secs(120);
 
 /// A listener and where its parts stand in the file.
 #[derive(Debug)]
@@ -19,6 +22,8 @@ pub(super) struct WrittenListener<'a> {
     pub(super) binds: Vec<Text<'a>>,
     pub(super) pool: Option<Text<'a>>,
     pub(super) tlvs: Section<'a>,
+    /// Where `protocol` stands.
+    pub(super) protocol: Option<Span>,
 }
 
 /// Reads one table.
@@ -27,7 +32,8 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
     check_name(section, "listener");
     section.require("bind", &what, "\":80\"");
     section.require("pool", &what, "\"ingress\"");
-    section.word("protocol");
+    let mut protocols: Vec<Protocol> = section.words("protocol").into_iter().map(protocol).collect();
+    protocols.sort();
 
     let (mut binds, mut texts) = (Vec::new(), Vec::new());
     if let Some(span) = section.empty_list("bind") {
@@ -52,21 +58,43 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         let diagnostic = Diagnostic::error(&span, format!("{what} lets nobody connect")).label("an empty list");
         section.note(diagnostic.help("leave \"allow\" out to let everybody connect, or list networks"));
     }
+    if !protocols.contains(&Protocol::Udp) {
+        for key in ["max_sessions", "responses"] {
+            let Some(span) = section.written(key).filter(|_| section.size(key) > 0) else { continue };
+            let diagnostic = Diagnostic::error(&span, format!("{key:?} is for UDP, and {what} serves TCP alone"));
+            section.note(diagnostic.help("write protocol = \"udp\", or remove it").if_whole());
+        }
+    }
+    let idle_timeout = section.duration("idle_timeout");
     let pool = section.text("pool");
     let tlvs_section = section.table("tlvs");
     let listener = Listener {
         name: section.name.to_owned(),
         binds,
         pool: pool.as_ref().map_or_else(String::new, |text| text.value.to_owned()),
-        idle_timeout: section.duration("idle_timeout"),
+        idle_timeout,
+        idle_timeout_udp: match section.written("idle_timeout") {
+            Some(_) if protocols.contains(&Protocol::Udp) => idle_timeout,
+            _ => IDLE_TIMEOUT_UDP,
+        },
+        protocols,
         keepalive: section.duration_or_off("keepalive"),
         max_connections: section.size("max_connections"),
         max_connections_per_source: section.size("max_connections_per_source"),
+        max_sessions: section.size("max_sessions"),
+        responses: section.count("responses"),
         allow,
         deny: networks(section, "deny"),
         tlvs: tlvs::read(&tlvs_section),
     };
-    WrittenListener { listener, binds: texts, pool, tlvs: tlvs_section }
+    WrittenListener { listener, binds: texts, pool, tlvs: tlvs_section, protocol: section.written("protocol") }
+}
+
+fn protocol(word: &'static str) -> Protocol {
+    match word {
+        "udp" => Protocol::Udp,
+        _ => Protocol::Tcp,
+    }
 }
 
 /// A name that can stand in a metric's label, a log line and a URL without quoting.
@@ -104,6 +132,7 @@ struct Bound {
     written: String,
     /// For messages.
     owner: String,
+    protocols: Vec<Protocol>,
     is_admin: bool,
 }
 
@@ -120,13 +149,16 @@ pub(super) fn resolve_binds(
     {
         let bind = Bind { address, any: false, v6only: false };
         let (span, written, owner) = (admin_span.clone(), address.to_string(), "the admin API".to_owned());
-        all.push(Bound { bind, span, written, owner, is_admin: true });
+        let protocols = vec![Protocol::Tcp];
+        all.push(Bound { bind, span, written, owner, protocols, is_admin: true });
     }
     for written in listeners.iter() {
         for (bind, text) in written.listener.binds.iter().zip(&written.binds) {
             let owner = format!("listener {:?}", written.listener.name);
+            let protocols = &written.listener.protocols;
             let (bind, span, written) = (*bind, text.span.clone(), text.value.to_owned());
-            all.push(Bound { bind, span, written, owner, is_admin: false });
+            let protocols = protocols.clone();
+            all.push(Bound { bind, span, written, owner, protocols, is_admin: false });
         }
     }
     all.sort_by_key(|bound| bound.span.start);
@@ -136,8 +168,11 @@ pub(super) fn resolve_binds(
         }
     }
     for written in listeners {
+        let protocols = &written.listener.protocols;
+        let rivals: Vec<Bound> =
+            all.iter().filter(|bound| bound.protocols.iter().any(|other| protocols.contains(other))).cloned().collect();
         for (bind, text) in written.listener.binds.iter_mut().zip(&written.binds) {
-            resolve_v6only(file, bind, text, &all);
+            resolve_v6only(file, bind, text, &rivals);
         }
     }
 }
@@ -183,6 +218,9 @@ fn resolve_v6only(file: &Section<'_>, bind: &mut Bind, text: &Text<'_>, all: &[B
 /// Whether the system or the operator could not tell the two apart. A wildcard and one address on the same port are
 /// fine among listeners: the more specific socket is preferred. The admin API shares no port with a wildcard.
 fn collide(a: &Bound, b: &Bound) -> bool {
+    if !a.protocols.iter().any(|protocol| b.protocols.contains(protocol)) {
+        return false;
+    }
     let same = a.bind.address == b.bind.address;
     let every_v4 = |any: &Bound, other: &Bound| {
         let v4: IpAddr = [0, 0, 0, 0].into();

@@ -119,24 +119,48 @@ pub enum AdminBind {
 pub struct Listener {
     /// The table's name.
     pub name: String,
-    /// At least one; no address twice in the whole configuration.
+    /// At least one; no address twice in the whole configuration for one protocol.
     pub binds: Vec<Bind>,
+    /// What clients speak: at least one, each once, in this order.
+    pub protocols: Vec<Protocol>,
     /// Name of an existing pool.
     pub pool: String,
-    /// Nothing from either side for this long ends the connection.
+    /// Nothing from either side for this long ends a TCP connection.
     pub idle_timeout: Duration,
+    /// Nothing from either side for this long ends a UDP session.
+    pub idle_timeout_udp: Duration,
     /// TCP keepalive towards client and upstream; `None`: off.
     pub keepalive: Option<Duration>,
     /// 0: no limit of its own.
     pub max_connections: usize,
     /// 0: none. IPv6 is counted per /64.
     pub max_connections_per_source: usize,
+    /// UDP sessions of this listener; 0: as many as this machine has room for.
+    pub max_sessions: usize,
+    /// A UDP session ends when each of its client's datagrams had this many replies; 0: by `idle_timeout` alone.
+    pub responses: u32,
     /// Sources that may connect; never empty.
     pub allow: Vec<IpNet>,
     /// Sources that may not; looked at before `allow`.
     pub deny: Vec<IpNet>,
     /// Overrides the pool's, key by key.
     pub tlvs: Tlvs,
+}
+
+impl Listener {
+    /// Is this one of its protocols?
+    pub fn serves(&self, protocol: Protocol) -> bool {
+        self.protocols.contains(&protocol)
+    }
+}
+
+/// `listeners.NAME.protocol`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// Connections.
+    Tcp,
+    /// Datagrams, grouped into sessions.
+    Udp,
 }
 
 /// One bound address.
@@ -157,6 +181,8 @@ pub struct Pool {
     pub name: String,
     /// How the next upstream is chosen.
     pub balance: Balance,
+    /// On which datagrams of a UDP session the header stands.
+    pub udp_header: UdpHeader,
     /// Local addresses for upstream connections, used in turn; empty: the kernel's choice.
     pub source: Vec<IpAddr>,
     /// One attempt.
@@ -175,12 +201,50 @@ pub struct Pool {
     pub on_unhealthy: OnUnhealthy,
     /// What a new connection gets when no upstream is healthy.
     pub when_none_healthy: WhenNoneHealthy,
+    /// TCP Fast Open towards the upstreams.
+    pub fast_open: bool,
     /// `None`: not checked.
     pub health_check: Option<HealthCheck>,
     /// TLVs of the pool; a listener's and an upstream's override them key by key.
     pub tlvs: Tlvs,
     /// In file order; at least one.
     pub upstreams: Vec<Upstream>,
+}
+
+/// `proxy_protocol` of pools and upstreams, where it is not "off".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeaderFormat {
+    /// PROXY protocol version 1; TCP only.
+    V1,
+    /// PROXY protocol version 2.
+    V2,
+    /// Simple Proxy Protocol; UDP only.
+    Spp,
+}
+
+impl HeaderFormat {
+    /// All of them, in the order of their discriminants.
+    pub const ALL: [HeaderFormat; 3] = [HeaderFormat::V1, HeaderFormat::V2, HeaderFormat::Spp];
+
+    /// The version of the PROXY protocol, if it is one.
+    pub fn version(self) -> Option<Version> {
+        match self {
+            HeaderFormat::V1 => Some(Version::V1),
+            HeaderFormat::V2 => Some(Version::V2),
+            HeaderFormat::Spp => None,
+        }
+    }
+}
+
+/// `udp_header`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UdpHeader {
+    /// On each.
+    EveryDatagram,
+    /// On the first one to an upstream.
+    FirstDatagram,
+    /// In a datagram of its own, before the first one to an upstream.
+    FirstAlone,
 }
 
 /// `balance`
@@ -224,7 +288,7 @@ pub struct Upstream {
     /// Used when no other is healthy, or every other is full.
     pub backup: bool,
     /// `None`: no header.
-    pub proxy_protocol: Option<Version>,
+    pub proxy_protocol: Option<HeaderFormat>,
     /// 0: no limit.
     pub max_connections: usize,
     /// The upstream's own; see `Tlvs::merge`.
@@ -297,6 +361,13 @@ pub enum Probe {
         /// A substring of the answer; empty: the connect alone decides.
         expect: Vec<u8>,
     },
+    /// Send a datagram; then expect an answer, or, without one, that it is not refused.
+    Udp {
+        /// Bytes to send; empty: an empty datagram, or the header alone.
+        send: Vec<u8>,
+        /// A substring of the answer; empty: silence passes.
+        expect: Vec<u8>,
+    },
     /// `GET path`.
     Http {
         /// Request target.
@@ -315,8 +386,8 @@ pub enum CheckHeader {
     Same,
     /// None.
     Off,
-    /// Always this version.
-    Version(Version),
+    /// Always this one.
+    Format(HeaderFormat),
 }
 
 /// `health_check.proxy_command`

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use super::error::Diagnostic;
 use super::file::{Element, Section, Span, Text};
 use super::listener::check_name;
-use super::{Balance, OnUnhealthy, Pool, Tlvs, Upstream, Version, WhenNoneHealthy, address, health_check, tlvs};
+use super::{
+    Balance, HeaderFormat, OnUnhealthy, Pool, Tlvs, UdpHeader, Upstream, WhenNoneHealthy, address, health_check, tlvs,
+};
 
 /// Upstreams of one pool: its table of turns has no more places than a few for each.
 pub const UPSTREAMS_MAX: usize = 1_024;
@@ -30,6 +32,8 @@ pub(super) struct WrittenUpstream<'a> {
     pub(super) address: Text<'a>,
     /// `None`: written in the short form.
     pub(super) tlvs: Option<Section<'a>>,
+    /// Where its own `proxy_protocol` stands.
+    pub(super) proxy_protocol: Option<Span>,
     /// Its version could not be read.
     unclear: bool,
 }
@@ -37,13 +41,13 @@ pub(super) struct WrittenUpstream<'a> {
 impl WrittenPool<'_> {
     /// Whether TLVs have a header to stand in, as far as the file tells.
     pub(super) fn takes_tlvs(&self) -> bool {
-        self.unclear || self.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(Version::V2))
+        self.unclear || self.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(HeaderFormat::V2))
     }
 }
 
 /// What an upstream takes from its pool.
 struct PoolDefaults {
-    proxy_protocol: Option<Version>,
+    proxy_protocol: Option<HeaderFormat>,
     max_connections: usize,
 }
 
@@ -53,7 +57,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     section.require("upstreams", &format!("pool {:?}", section.name), "[\"10.0.0.30:80\"]");
     let tlvs_section = section.table("tlvs");
     let defaults = PoolDefaults {
-        proxy_protocol: version(section.word("proxy_protocol")),
+        proxy_protocol: format(section.word("proxy_protocol")),
         max_connections: section.size("max_connections"),
     };
     let (upstreams, places) = upstreams(section, &defaults);
@@ -63,6 +67,11 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
             "least_connections" => Balance::LeastConnections,
             "random_two" => Balance::RandomTwo,
             _ => Balance::RoundRobin,
+        },
+        udp_header: match section.word("udp_header") {
+            "first_datagram" => UdpHeader::FirstDatagram,
+            "first_alone" => UdpHeader::FirstAlone,
+            _ => UdpHeader::EveryDatagram,
         },
         source: source(section, &upstreams, &places),
         connect_timeout: section.duration("connect_timeout"),
@@ -75,6 +84,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
             "close" => OnUnhealthy::Close,
             _ => OnUnhealthy::Keep,
         },
+        fast_open: section.boolean("fast_open").unwrap_or(false),
         when_none_healthy: match section.word("when_none_healthy") {
             "refuse" => WhenNoneHealthy::Refuse,
             _ => WhenNoneHealthy::UseAll,
@@ -92,10 +102,11 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
 }
 
 /// `proxy_protocol` as written.
-pub(super) fn version(word: &str) -> Option<Version> {
+pub(super) fn format(word: &str) -> Option<HeaderFormat> {
     match word {
-        "v1" => Some(Version::V1),
-        "v2" => Some(Version::V2),
+        "v1" => Some(HeaderFormat::V1),
+        "v2" => Some(HeaderFormat::V2),
+        "spp" => Some(HeaderFormat::Spp),
         _ => None,
     }
 }
@@ -118,7 +129,10 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
             Element::Table(table) => read_upstream(table, defaults),
             Element::Text(text) => {
                 let upstream = parsed(section, text).map(|(ip, port)| plain(ip, port, defaults));
-                (upstream, Some(WrittenUpstream { address: text.clone(), tlvs: None, unclear: false }))
+                (
+                    upstream,
+                    Some(WrittenUpstream { address: text.clone(), tlvs: None, proxy_protocol: None, unclear: false }),
+                )
             }
         };
         let (Some(upstream), Some(written)) = (upstream, written) else { continue };
@@ -153,7 +167,7 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     let backup = table.boolean("backup").unwrap_or(false);
     let proxy_protocol = match table.word("proxy_protocol") {
         "" => defaults.proxy_protocol,
-        word => version(word),
+        word => format(word),
     };
     let max_connections = match table.written("max_connections") {
         Some(_) => table.size("max_connections"),
@@ -164,7 +178,8 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     let upstream =
         upstream.map(|(ip, port)| Upstream { ip, port, weight, backup, proxy_protocol, max_connections, tlvs });
     let unclear = table.word_is_wrong("proxy_protocol");
-    (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), unclear }))
+    let proxy_protocol = table.written("proxy_protocol");
+    (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), proxy_protocol, unclear }))
 }
 
 fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstream<'_>]) -> Vec<IpAddr> {

@@ -40,6 +40,10 @@ fn property(key: &'static Key, definitions: &mut Map<String, Value>) -> Value {
         Kind::Duration(..) => json!({ "type": "string", "pattern": format!("^{DURATION}$") }),
         Kind::DurationOrOff(..) => json!({ "type": "string", "pattern": format!("^(off|{DURATION})$") }),
         Kind::Word { now, .. } => json!({ "type": "string", "enum": now }),
+        Kind::Words { now, .. } => {
+            let word = json!({ "type": "string", "enum": now });
+            json!({ "oneOf": [word, { "type": "array", "minItems": 1, "uniqueItems": true, "items": word }] })
+        }
         Kind::Text(_) => json!({ "type": "string" }),
         Kind::Texts(_) => {
             json!({ "oneOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] })

@@ -13,7 +13,8 @@ use super::listener::WrittenListener;
 use super::pool::WrittenPool;
 use super::tlvs::Levels;
 use super::{
-    Admin, AdminBind, Config, Log, LogConnections, LogFormat, Parsed, Runtime, Version, address, listener, pool, tlvs,
+    Admin, AdminBind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime, address,
+    listener, pool, tlvs,
 };
 
 /// The levels of the log.
@@ -192,11 +193,44 @@ fn check_pool_of(file: &Section<'_>, written: &WrittenListener<'_>, pools: &[Wri
     if tlvs::any(&written.listener.tlvs) && !pool.takes_tlvs() {
         file.note(tlvs_without_v2(&written.tlvs, &format!("listener {:?}", written.listener.name), pool));
     }
+    check_header_fits(file, written, pool);
     check_loops_and_ports(file, written, pool);
 }
 
+/// v1 has no form for UDP, and Simple Proxy Protocol none for TCP.
+fn check_header_fits(file: &Section<'_>, written: &WrittenListener<'_>, pool: &WrittenPool<'_>) {
+    let listener = &written.listener;
+    for (upstream, place) in pool.pool.upstreams.iter().zip(&pool.upstreams) {
+        let (message, help) = match upstream.proxy_protocol {
+            Some(HeaderFormat::V1) if listener.serves(Protocol::Udp) => (
+                format!(
+                    "listener {:?} serves UDP, and upstream {:?} gets a v1 header",
+                    listener.name, place.address.value
+                ),
+                "v1 is a line of text for TCP, it has no form for UDP: write proxy_protocol = \"v2\", which such servers take on every datagram, or \"spp\"",
+            ),
+            Some(HeaderFormat::Spp) if listener.serves(Protocol::Tcp) => (
+                format!(
+                    "listener {:?} serves TCP, and upstream {:?} gets Simple Proxy Protocol",
+                    listener.name, place.address.value
+                ),
+                "spp is for UDP alone: write proxy_protocol = \"v2\", or give TCP a pool of its own",
+            ),
+            _ => continue,
+        };
+        let span = place.proxy_protocol.as_ref().unwrap_or(&pool.proxy_protocol);
+        let diagnostic = Diagnostic::error(span, message).if_whole();
+        let protocol = written.protocol.as_ref().map_or(diagnostic.clone(), |at| diagnostic.clone().also(at, "here"));
+        file.note(protocol.help(help));
+        // One is enough where the pool decides for all of them.
+        if place.proxy_protocol.is_none() {
+            return;
+        }
+    }
+}
+
 fn tlvs_without_v2(section: &Section<'_>, whose: &str, pool: &WrittenPool<'_>) -> Diagnostic {
-    let v1 = pool.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(Version::V1));
+    let v1 = pool.pool.upstreams.iter().any(|upstream| upstream.proxy_protocol == Some(HeaderFormat::V1));
     let message =
         format!("the TLVs of {whose} would never be sent: no upstream of pool {:?} gets a v2 header", pool.pool.name);
     let diagnostic = Diagnostic::error(&section.span, message).label("only v2 carries TLVs").if_whole();
@@ -258,8 +292,8 @@ fn check_pool(file: &Section<'_>, written: &WrittenPool<'_>, listeners: &[Writte
     }
     for (upstream, place) in pool.upstreams.iter().zip(&written.upstreams) {
         let Some(section) = place.tlvs.as_ref().filter(|_| tlvs::any(&upstream.tlvs)) else { continue };
-        if upstream.proxy_protocol != Some(Version::V2) && !written.unclear {
-            let gets = if upstream.proxy_protocol.is_some() { "v1" } else { "no header" };
+        if upstream.proxy_protocol != Some(HeaderFormat::V2) && !written.unclear {
+            let gets = upstream.proxy_protocol.map_or("no header", HeaderFormat::as_str);
             let message = format!("upstream {:?} has TLVs, and gets {gets}", place.address.value);
             let diagnostic = Diagnostic::error(&section.span, message).label("only v2 carries TLVs");
             file.note(diagnostic.help("write proxy_protocol = \"v2\" for it, if it takes that, or remove its TLVs"));
@@ -284,7 +318,7 @@ fn headers<'s, 'a>(written: &'s WrittenPool<'a>, users: &[&'s WrittenListener<'a
         for (upstream, place) in pool.upstreams.iter().zip(&written.upstreams) {
             let own = place.tlvs.as_ref().filter(|section| section.is_written());
             // Upstreams without TLVs of their own all get the same header.
-            if upstream.proxy_protocol != Some(Version::V2) || (own.is_none() && shared_is_in) {
+            if upstream.proxy_protocol != Some(HeaderFormat::V2) || (own.is_none() && shared_is_in) {
                 continue;
             }
             shared_is_in |= own.is_none();

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::{
-    AdminBind, Balance, Bind, CheckCommand, CheckHeader, LogConnections, LogFormat, OnUnhealthy, Upstream, Version,
-    WhenNoneHealthy,
+    AdminBind, Balance, Bind, CheckCommand, CheckHeader, HeaderFormat, LogConnections, LogFormat, OnUnhealthy,
+    Protocol, UdpHeader, Upstream, WhenNoneHealthy,
 };
 
 macro_rules! words {
@@ -34,13 +34,21 @@ words! {
         Balance::LeastConnections => "least_connections",
         Balance::RandomTwo => "random_two",
     }
+    Protocol { Protocol::Tcp => "tcp", Protocol::Udp => "udp" }
+    HeaderFormat { HeaderFormat::V1 => "v1", HeaderFormat::V2 => "v2", HeaderFormat::Spp => "spp" }
+    UdpHeader {
+        UdpHeader::EveryDatagram => "every_datagram",
+        UdpHeader::FirstDatagram => "first_datagram",
+        UdpHeader::FirstAlone => "first_alone",
+    }
     OnUnhealthy { OnUnhealthy::Keep => "keep", OnUnhealthy::Close => "close" }
     WhenNoneHealthy { WhenNoneHealthy::UseAll => "use_all", WhenNoneHealthy::Refuse => "refuse" }
     CheckHeader {
         CheckHeader::Same => "same",
         CheckHeader::Off => "off",
-        CheckHeader::Version(Version::V1) => "v1",
-        CheckHeader::Version(Version::V2) => "v2",
+        CheckHeader::Format(HeaderFormat::V1) => "v1",
+        CheckHeader::Format(HeaderFormat::V2) => "v2",
+        CheckHeader::Format(HeaderFormat::Spp) => "spp",
     }
     CheckCommand {
         CheckCommand::Local => "local",

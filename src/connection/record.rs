@@ -14,13 +14,12 @@ use ulid::Ulid;
 
 use super::Shared;
 use super::measured::Times;
-use crate::config::LogConnections;
+use crate::config::{HeaderFormat, LogConnections};
 use crate::control::view::{self, Filter};
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
 use crate::pool::UpstreamLife;
 use crate::pool::rejection::{HEAD_BYTES, Rejection};
-use crate::proxy_protocol::Version;
 use crate::relay::Observer;
 use crate::snapshot::ListenerLife;
 use crate::termination::Termination;
@@ -188,7 +187,7 @@ impl Observer for Entry {
         let rejection = Rejection::of_answer(head).filter(|_| self.has_header.get());
         self.answer.set(rejection.map_or(Answer::Good, Answer::Rejected));
         if let (None, Some(life)) = (rejection, &*self.upstream.borrow()) {
-            life.answered();
+            life.header_taken();
         }
     }
 
@@ -227,7 +226,7 @@ impl Record {
         in_source: bool,
     ) -> Record {
         let entry = Rc::new(Entry {
-            id: connection_id(),
+            id: new_id().to_bytes(),
             listener: Arc::clone(listener),
             client,
             local: Cell::new(local),
@@ -301,12 +300,12 @@ impl Record {
     }
 
     /// The upstream was connected to in this time, and has the header.
-    pub(super) fn introduced(&mut self, connect_time: Duration, version: Option<Version>) {
+    pub(super) fn introduced(&mut self, connect_time: Duration, format: Option<HeaderFormat>) {
         self.connect = Some(connect_time);
-        self.header = Some(version.map_or("off", Version::as_str));
-        if let Some(version) = version {
+        self.header = Some(format.map_or("off", HeaderFormat::as_str));
+        if let Some(format) = format {
             self.entry.has_header.set(true);
-            self.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
+            self.entry.listener.headers[format as usize].fetch_add(1, Ordering::Relaxed);
         }
         tracing::debug!(
             event = "introduced", id = %self.ulid(), header = self.header, connect_ms = connect_time.as_secs_f64() * 1000.0
@@ -407,8 +406,8 @@ impl Drop for Record {
     }
 }
 
-/// A ULID: 26 ASCII characters that sort by time.
-fn connection_id() -> [u8; 16] {
+/// An id that sorts by time; as text 26 ASCII characters.
+pub fn new_id() -> Ulid {
     let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..)).to_bytes()
+    Ulid::from_parts(since_epoch.as_millis() as u64, fastrand::u128(..))
 }

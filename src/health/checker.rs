@@ -11,11 +11,10 @@ use tokio::task::AbortHandle;
 
 use super::probe::{self, Attempt, Outcome};
 use super::state::{State, Verdict};
-use crate::config::{CheckHeader, HealthCheck};
+use crate::config::{CheckHeader, HeaderFormat, HealthCheck, Probe};
 use crate::control;
 use crate::metrics::latency::Buckets;
 use crate::pool::{Health, Observation, UpstreamKey};
-use crate::proxy_protocol::Version;
 
 /// What is checked and how. Equal targets need no new checker after a reload.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,7 +24,7 @@ pub struct Target {
     /// The pool's `health_check`.
     pub check: HealthCheck,
     /// The header of this upstream's traffic, for `proxy_protocol = "same"`.
-    pub header: Option<Version>,
+    pub header: Option<HeaderFormat>,
     /// The pool's `source` addresses; those of the upstream's family are used in turn.
     pub source: Vec<IpAddr>,
 }
@@ -229,10 +228,13 @@ fn attempt(target: &Target, turn: usize) -> Attempt {
     let mut to = target.key.address;
     to.set_port(target.check.port.unwrap_or(to.port()));
     let sources: Vec<IpAddr> = target.source.iter().copied().filter(|ip| ip.is_ipv4() == to.is_ipv4()).collect();
+    let is_udp = matches!(target.check.probe, Probe::Udp { .. });
     let header = match target.check.proxy_protocol {
+        // No connection begins with spp: what answers TCP on that port expects none.
+        CheckHeader::Same if !is_udp && target.header == Some(HeaderFormat::Spp) => None,
         CheckHeader::Same => target.header,
         CheckHeader::Off => None,
-        CheckHeader::Version(version) => Some(version),
+        CheckHeader::Format(format) => Some(format),
     };
     Attempt {
         to,
@@ -289,7 +291,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{CheckCommand, Probe};
+    use crate::config::CheckCommand;
     use crate::control::Command;
     use std::sync::atomic::AtomicU16;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -446,21 +448,26 @@ mod tests {
     #[tokio::test]
     async fn an_attempt_takes_the_sources_of_its_family_in_turn_and_the_port_of_the_check() {
         let mut target = upstream(HOUR).await.target;
-        target.header = Some(Version::V1);
+        target.header = Some(HeaderFormat::V1);
         target.check.port = Some(81);
         target.source = ["192.0.2.1", "2001:db8::1", "192.0.2.2"].map(|ip| ip.parse().unwrap()).to_vec();
         let sources: Vec<_> = (0..3).map(|turn| attempt(&target, turn).source.unwrap().to_string()).collect();
         assert_eq!(sources, ["192.0.2.1", "192.0.2.2", "192.0.2.1"]);
         assert_eq!(attempt(&target, 0).to, "127.0.0.1:81".parse().unwrap());
         for (header, expected) in [
-            (CheckHeader::Same, Some(Version::V1)),
+            (CheckHeader::Same, Some(HeaderFormat::V1)),
             (CheckHeader::Off, None),
-            (CheckHeader::Version(Version::V2), Some(Version::V2)),
+            (CheckHeader::Format(HeaderFormat::V2), Some(HeaderFormat::V2)),
         ] {
             target.check.proxy_protocol = header;
             assert_eq!(attempt(&target, 0).header, expected);
         }
         target.source = vec!["2001:db8::1".parse().unwrap()];
         assert_eq!(attempt(&target, 0).source, None);
+        target.header = Some(HeaderFormat::Spp);
+        target.check.proxy_protocol = CheckHeader::Same;
+        assert_eq!(attempt(&target, 0).header, None, "no connection begins with it");
+        target.check.probe = Probe::Udp { send: vec![], expect: vec![] };
+        assert_eq!(attempt(&target, 0).header, Some(HeaderFormat::Spp));
     }
 }

@@ -2,6 +2,7 @@
 
 mod http;
 mod tcp;
+mod udp;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -12,9 +13,9 @@ use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 
 use super::state::{Verdict, is_late};
-use crate::config::{CheckCommand, HealthCheck, Probe};
+use crate::config::{CheckCommand, HeaderFormat, HealthCheck, Probe};
 use crate::net::check::{self, Touch};
-use crate::proxy_protocol::{Addresses, Command, Header, Transport, Version};
+use crate::proxy_protocol::{Addresses, Command, Header, Transport, Version, spp};
 
 /// Of an answer this much is looked at, and this much is read before a close.
 pub const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -30,7 +31,7 @@ pub struct Attempt {
     /// From which address; `None`: the kernel's choice.
     pub source: Option<IpAddr>,
     /// Which header it sends first.
-    pub header: Option<Version>,
+    pub header: Option<HeaderFormat>,
     /// What that header says.
     pub command: CheckCommand,
     /// Connect, ask and answer together.
@@ -71,12 +72,7 @@ enum Failure {
 /// Checks once. Dropping the future gives the check up.
 pub async fn run(attempt: &Attempt, check: &HealthCheck) -> Outcome {
     let started = Instant::now();
-    let result = match &check.probe {
-        Probe::Tcp { send, expect } if attempt.header.is_none() && send.is_empty() && expect.is_empty() => {
-            touch(attempt, started).await
-        }
-        probe => converse(attempt, started, probe).await,
-    };
+    let result = ask(attempt, started, &check.probe).await;
     let elapsed = started.elapsed();
     let (verdict, reason) = match result {
         Ok(done) => (Verdict::Passed, format!("{done} in {:.1} ms", elapsed.as_secs_f64() * 1000.0)),
@@ -92,6 +88,38 @@ pub async fn run(attempt: &Attempt, check: &HealthCheck) -> Outcome {
     Outcome { verdict, reason }
 }
 
+/// Connects where there is something to connect, sends, perhaps reads; the verdict does not wait for the close.
+async fn ask(attempt: &Attempt, started: Instant, probe: &Probe) -> Result<String, Failure> {
+    match probe {
+        Probe::Tcp { send, expect } if attempt.header.is_none() && send.is_empty() && expect.is_empty() => {
+            touch(attempt, started).await
+        }
+        Probe::Tcp { send, expect } => {
+            let mut stream = connected(attempt, started).await?;
+            let result = tcp::ask(&mut stream, attempt, started, send, expect).await;
+            tokio::spawn(close(stream, Remaining::Nothing));
+            result
+        }
+        Probe::Http { path, host, expect_status } => {
+            let mut stream = connected(attempt, started).await?;
+            let question = http::Question { path, host: host.as_deref(), expect_status };
+            let result = http::ask(&mut stream, attempt, started, &question).await;
+            let remaining = match &result {
+                Ok(_) | Err(Failure::Status { .. }) => Remaining::Body,
+                Err(_) => Remaining::Nothing,
+            };
+            tokio::spawn(close(stream, remaining));
+            result
+        }
+        Probe::Udp { send, expect } => udp::ask(attempt, started, send, expect).await,
+    }
+}
+
+async fn connected(attempt: &Attempt, started: Instant) -> Result<TcpStream, Failure> {
+    let connecting = timeout_at((started + attempt.timeout).into(), check::connect(attempt.to, attempt.source));
+    Ok(connecting.await.map_err(|_| Failure::NotConnected(attempt.timeout))??)
+}
+
 /// Connects and sends nothing at all, if possible without a trace at the upstream.
 async fn touch(attempt: &Attempt, started: Instant) -> Result<String, Failure> {
     let touching = timeout_at((started + attempt.timeout).into(), check::touch(attempt.to, attempt.source));
@@ -102,38 +130,25 @@ async fn touch(attempt: &Attempt, started: Instant) -> Result<String, Failure> {
     Ok("connected".to_owned())
 }
 
-/// Connects, sends, perhaps reads; the verdict does not wait for the close.
-async fn converse(attempt: &Attempt, started: Instant, probe: &Probe) -> Result<String, Failure> {
-    let connecting = timeout_at((started + attempt.timeout).into(), check::connect(attempt.to, attempt.source));
-    let mut stream = connecting.await.map_err(|_| Failure::NotConnected(attempt.timeout))??;
-    let result = match probe {
-        Probe::Tcp { send, expect } => tcp::ask(&mut stream, attempt, started, send, expect).await,
-        Probe::Http { path, host, expect_status } => {
-            let question = http::Question { path, host: host.as_deref(), expect_status };
-            http::ask(&mut stream, attempt, started, &question).await
-        }
-    };
-    let remaining = match (probe, &result) {
-        (Probe::Http { .. }, Ok(_) | Err(Failure::Status { .. })) => Remaining::Body,
-        _ => Remaining::Nothing,
-    };
-    tokio::spawn(close(stream, remaining));
-    result
-}
-
 /// The header that goes before everything else of this check; empty without one. Never TLVs, never PROXY with UNSPEC:
 /// half of the receivers refuse that, and LOCAL with addresses too.
-fn header_bytes(attempt: &Attempt, stream: &TcpStream) -> Result<Vec<u8>, Failure> {
+fn header_bytes(attempt: &Attempt, transport: Transport, (local, peer): (SocketAddr, SocketAddr)) -> Vec<u8> {
     let mut bytes = Vec::new();
-    if let Some(version) = attempt.header {
-        let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
-        header(version, attempt.command, local, peer).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
-    }
-    Ok(bytes)
+    let version = match attempt.header {
+        None => return bytes,
+        Some(HeaderFormat::Spp) => {
+            spp::encode(&mut bytes, local, peer);
+            return bytes;
+        }
+        Some(HeaderFormat::V1) => Version::V1,
+        Some(HeaderFormat::V2) => Version::V2,
+    };
+    let own = Addresses::inet(local, peer, transport);
+    header(version, attempt.command, own).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
+    bytes
 }
 
-fn header(version: Version, command: CheckCommand, local: SocketAddr, peer: SocketAddr) -> Header {
-    let own = Addresses::inet(local, peer, Transport::Stream);
+fn header(version: Version, command: CheckCommand, own: Addresses) -> Header {
     let (command, addresses) = match (version, command) {
         (Version::V1, CheckCommand::Unknown) => (Command::Proxy, Addresses::Unknown),
         (Version::V1, CheckCommand::Local | CheckCommand::Proxy) => (Command::Proxy, own),
@@ -290,7 +305,7 @@ mod tests {
     #[tokio::test]
     async fn a_header_alone_is_closed_by_fin_even_when_a_banner_comes() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V2);
+        attempt.header = Some(HeaderFormat::V2);
         for banner in [&b""[..], b"220 mail ESMTP\r\n"] {
             let (outcome, (seen, end)) = tokio::join!(asked(&attempt, tcp("", "")), answer(&listener, banner, false));
             assert_passed(&outcome, "connected in ");
@@ -302,7 +317,7 @@ mod tests {
     #[tokio::test]
     async fn v1_names_the_address_that_the_upstream_sees() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V1);
+        attempt.header = Some(HeaderFormat::V1);
         attempt.source = Some("127.0.0.7".parse().unwrap());
         let upstream = async {
             let (mut stream, peer) = listener.accept().await.unwrap();
@@ -318,7 +333,7 @@ mod tests {
     #[tokio::test]
     async fn header_and_question_are_one_segment_and_the_answer_is_searched() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V2);
+        attempt.header = Some(HeaderFormat::V2);
         let question = [LOCAL_V2, b"PING\r\n"].concat();
         let long = vec![b'x'; 2 * ANSWER_BYTES_MAX];
         for (reply, open, expected) in [
@@ -413,7 +428,7 @@ mod tests {
             attempt.to,
             env!("CARGO_PKG_VERSION")
         );
-        for (header, prefix) in [(None, &b""[..]), (Some(Version::V2), LOCAL_V2)] {
+        for (header, prefix) in [(None, &b""[..]), (Some(HeaderFormat::V2), LOCAL_V2)] {
             attempt.header = header;
             for (reply, expected) in [
                 (&b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"[..], None),
@@ -458,7 +473,7 @@ mod tests {
     #[tokio::test]
     async fn a_reset_is_called_one() {
         let (listener, mut attempt) = listening().await;
-        attempt.header = Some(Version::V1);
+        attempt.header = Some(HeaderFormat::V1);
         for check in [tcp("PING", "PONG"), http()] {
             let upstream = async {
                 let (mut stream, _) = listener.accept().await.unwrap();
@@ -485,7 +500,8 @@ mod tests {
             (Version::V2, CheckCommand::Unknown, LOCAL_V2),
         ] {
             let mut bytes = Vec::new();
-            header(version, command, local, peer).encode(&mut bytes).unwrap();
+            let own = Addresses::inet(local, peer, Transport::Stream);
+            header(version, command, own).encode(&mut bytes).unwrap();
             assert_eq!(
                 bytes.escape_ascii().to_string(),
                 expected.escape_ascii().to_string(),

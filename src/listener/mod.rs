@@ -1,5 +1,7 @@
 //! The accept loop of one socket, and which connections it admits.
 
+pub mod udp;
+
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;

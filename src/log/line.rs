@@ -140,7 +140,16 @@ pub struct ConnectionLine<'a> {
 
 /// The line of one finished connection, its newline included.
 pub fn connection_line(format: LogFormat, connection: &ConnectionLine) -> String {
-    let mut line = Line::new(format, connection.time, "info", "connection");
+    ended_line(format, "connection", connection, None)
+}
+
+/// The line of one finished UDP session, its newline included: as of a connection, and the datagrams in and out.
+pub fn session_line(format: LogFormat, session: &ConnectionLine, datagrams: [u64; 2]) -> String {
+    ended_line(format, "session", session, Some(datagrams))
+}
+
+fn ended_line(format: LogFormat, event: &str, connection: &ConnectionLine, datagrams: Option<[u64; 2]>) -> String {
+    let mut line = Line::new(format, connection.time, "info", event);
     line.plain("id", connection.id);
     line.string("listener", connection.listener);
     line.plain("client", connection.client);
@@ -153,12 +162,21 @@ pub fn connection_line(format: LogFormat, connection: &ConnectionLine) -> String
     line.plain_or_nothing("header", connection.header);
     line.number("bytes_in", connection.bytes_in);
     line.number("bytes_out", connection.bytes_out);
+    if let Some([datagrams_in, datagrams_out]) = datagrams {
+        line.number("datagrams_in", datagrams_in);
+        line.number("datagrams_out", datagrams_out);
+    }
     line.milliseconds_or_nothing("connect_ms", connection.connect);
     line.milliseconds_or_nothing("first_byte_ms", connection.first_byte);
     line.number("duration_ms", Milliseconds(connection.duration));
     line.number("attempts", connection.attempts);
     line.plain("end", connection.end);
     line.finish()
+}
+
+/// The line of a session that begins, its newline included.
+pub fn session_start_line(format: LogFormat, time: SystemTime, id: &str, listener: &str, client: SocketAddr) -> String {
+    start_line(format, "session_start", time, id, listener, client)
 }
 
 /// The line of a connection that begins (`log.connections = "start_and_end"`), its newline included.
@@ -169,7 +187,18 @@ pub fn connection_start_line(
     listener: &str,
     client: SocketAddr,
 ) -> String {
-    let mut line = Line::new(format, time, "info", "connection_start");
+    start_line(format, "connection_start", time, id, listener, client)
+}
+
+fn start_line(
+    format: LogFormat,
+    event: &str,
+    time: SystemTime,
+    id: &str,
+    listener: &str,
+    client: SocketAddr,
+) -> String {
+    let mut line = Line::new(format, time, "info", event);
     line.plain("id", id);
     line.string("listener", listener);
     line.plain("client", client);

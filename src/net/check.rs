@@ -1,13 +1,14 @@
-//! The sockets of health checks: a connect that can leave no trace at the upstream, and which errors are ours alone.
+//! The sockets of health checks: a connect that can leave no trace at the upstream, one for datagrams, and which errors
+//! are ours alone.
 
 use std::io;
-use std::mem::{self, MaybeUninit};
-use std::net::{IpAddr, SocketAddr};
+use std::mem;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 
 /// How a connect that has nothing to send was ended.
 #[derive(Debug)]
@@ -38,6 +39,19 @@ pub async fn touch(to: SocketAddr, source: Option<IpAddr>) -> io::Result<Touch> 
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     drop(stream);
     Ok(Touch::NoTrace)
+}
+
+/// A socket that sends to `to` alone, hears of it alone, and is told when its machine refuses: an ICMP error comes only
+/// to a connected socket. Nothing is sent by this.
+pub fn datagram(to: SocketAddr, source: Option<IpAddr>) -> io::Result<UdpSocket> {
+    let unspecified = match to {
+        SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+    };
+    let socket = std::net::UdpSocket::bind(SocketAddr::new(source.unwrap_or(unspecified), 0))?;
+    socket.connect(to)?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
 }
 
 /// Queues bytes that leave together with the next ones written, in one segment.
@@ -108,19 +122,7 @@ fn choose_port_at_connect(socket: &Socket) -> io::Result<()> {
 
 /// Has this socket, just connected, sent anything but SYNs? Where the kernel cannot say: yes.
 fn has_acknowledged(stream: &TcpStream) -> io::Result<bool> {
-    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-    let mut length = mem::size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the descriptor is open while `stream` is borrowed; the kernel writes at most `length` bytes to `info`,
-    // which is that large.
-    let result = unsafe {
-        libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut length)
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `tcp_info` is made of integers only, and was zeroed: every bit pattern is a value, also where an older
-    // kernel wrote less than the whole.
-    let info = unsafe { info.assume_init() };
+    let info = super::tcp_info(stream)?;
     // 0 segments: a kernel before 4.2, or another one than Linux; a SYN was certainly sent.
     Ok(info.tcpi_segs_out != 1 + info.tcpi_total_retrans)
 }
@@ -191,6 +193,26 @@ mod tests {
             assert_eq!(peer.ip(), source.parse::<IpAddr>().unwrap());
             assert!(matches!(touch(address, Some(source.parse().unwrap())).await.unwrap(), Touch::NoTrace));
             assert_nothing_to_accept(&listener);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_datagram_socket_has_the_source_address_and_hears_of_a_refusal() {
+        for (listen, source) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
+            let receiver = std::net::UdpSocket::bind(listen).unwrap();
+            let to = receiver.local_addr().unwrap();
+            for source in [None, Some(source.parse::<IpAddr>().unwrap())] {
+                let socket = datagram(to, source).unwrap();
+                socket.send(b"x").await.unwrap();
+                let (_, peer) = receiver.recv_from(&mut [0; 2]).unwrap();
+                assert_eq!(peer, socket.local_addr().unwrap());
+                assert!(source.is_none_or(|source| source == peer.ip()), "{peer}");
+            }
+            drop(receiver);
+            let socket = datagram(to, None).unwrap();
+            socket.send(b"x").await.unwrap();
+            let refused = socket.recv(&mut [0; 2]).await.unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         }
     }
 

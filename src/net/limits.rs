@@ -24,6 +24,18 @@ fn descriptors(limit: Option<u64>) -> usize {
     limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(1 << 20)
 }
 
+/// Local ports that the kernel gives to sockets which do not name one.
+pub fn local_ports() -> usize {
+    /// What Linux comes with: 32768 to 60999.
+    const USUAL: usize = 28_232;
+    let Ok(text) = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range") else { return USUAL };
+    let mut ends = text.split_whitespace().map(str::parse::<usize>);
+    match (ends.next(), ends.next()) {
+        (Some(Ok(first)), Some(Ok(last))) if first <= last => last - first + 1,
+        _ => USUAL,
+    }
+}
+
 /// Worker threads when the configuration leaves the number to us: one per processor available (the cgroup's quota and
 /// the affinity mask are honoured), 16 at most.
 pub fn default_workers() -> usize {

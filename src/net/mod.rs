@@ -1,13 +1,14 @@
 //! Sockets, their options and the machine's limits. The only place with `unsafe`.
 
 pub mod check;
+pub mod datagram;
 pub mod limits;
 pub mod listen;
 pub mod splice;
 pub mod stream;
 
 use std::io;
-use std::mem;
+use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
@@ -35,6 +36,29 @@ pub fn has_ipv6() -> bool {
 fn keepalive(idle: Duration) -> socket2::TcpKeepalive {
     let interval = (idle / 4).max(Duration::from_secs(1));
     socket2::TcpKeepalive::new().with_time(idle.max(Duration::from_secs(1))).with_interval(interval).with_retries(4)
+}
+
+/// What the kernel knows of a TCP connection.
+fn tcp_info(socket: &impl AsFd) -> io::Result<libc::tcp_info> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = mem::size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the descriptor is open while `socket` is borrowed; the kernel writes at most `length` bytes to `info`,
+    // which is that large.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `tcp_info` is made of integers only, and was zeroed: every bit pattern is a value, also where an older
+    // kernel wrote less than the whole.
+    Ok(unsafe { info.assume_init() })
 }
 
 /// Sets an integer socket option that socket2 has no name for.

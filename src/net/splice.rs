@@ -81,6 +81,7 @@ fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, count: usize) -> io::Result<
 /// The pipes of one worker.
 #[derive(Debug)]
 pub struct Pipes {
+    #[expect(clippy::vec_box, reason = "lent in its box: a direction without a pipe has a pointer's size for it")]
     free: Vec<Box<Pipe>>,
     open: Rc<Cell<usize>>,
     max: usize,

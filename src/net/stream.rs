@@ -66,6 +66,29 @@ impl AsFd for Socket {
     }
 }
 
+/// How to connect.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectOptions {
+    /// Local address; `None`: the kernel's choice.
+    pub source: Option<IpAddr>,
+    /// Idle time before the first keepalive probe; `None`: off.
+    pub keepalive: Option<Duration>,
+    /// TCP_FASTOPEN_CONNECT.
+    pub fast_open: bool,
+}
+
+/// When the kernel sends the SYN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handshake {
+    /// It has.
+    Begun,
+    /// Together with the first bytes written (RFC 7413, section 2): the peer gave a cookie earlier.
+    WithFirstWrite,
+}
+
+/// `tcpi_state` of a socket whose SYN has not been answered.
+const TCP_SYN_SENT: u8 = 2;
+
 /// A wait for the peer's reset.
 pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
@@ -82,36 +105,50 @@ impl Stream {
     }
 
     /// Starts to connect; `connected` tells the outcome, `keep_alive` starts keepalive probes.
-    pub fn connect(address: SocketAddr, source: Option<IpAddr>, keepalive: Option<Duration>) -> io::Result<Stream> {
+    pub fn connect(address: SocketAddr, options: &ConnectOptions) -> io::Result<(Stream, Handshake)> {
         let socket = socket2::Socket::new(
             Domain::for_address(address),
             Type::STREAM.nonblocking().cloexec(),
             Some(Protocol::TCP),
         )?;
-        if let Some(source) = source {
+        if let Some(source) = options.source {
             // The port is chosen at connect, per destination: 64k connections for each upstream instead of for all.
             super::set_option(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
             socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
         }
-        match socket.connect(&SockAddr::from(address)) {
-            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-            _ => {}
+        if options.fast_open {
+            // Not every kernel has it, and it is a hint.
+            let _ = super::set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1);
         }
-        let keepalive_secs = keepalive.map_or(0, |idle| u16::try_from(idle.as_secs().max(1)).unwrap_or(u16::MAX));
-        Stream::register(Socket {
+        let handshake = match socket.connect(&SockAddr::from(address)) {
+            Ok(()) if options.fast_open => Handshake::WithFirstWrite,
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => Handshake::Begun,
+        };
+        let keepalive_secs =
+            options.keepalive.map_or(0, |idle| u16::try_from(idle.as_secs().max(1)).unwrap_or(u16::MAX));
+        let stream = Stream::register(Socket {
             fd: OwnedFd::from(socket),
             nodelay: Cell::new(NoDelay::BeforeSecondWrite),
             keepalive_secs: Cell::new(keepalive_secs),
-        })
+        })?;
+        Ok((stream, handshake))
     }
 
     /// Waits until the handshake is over.
-    pub async fn connected(&self) -> io::Result<()> {
-        // The guard keeps its readiness: the socket is writable from here on.
-        let ready = self.fd.writable().await?;
-        // epoll tells of a failure along with it; only then the socket has to be asked.
-        if !ready.ready().is_write_closed() {
-            return Ok(());
+    pub async fn connected(&self, handshake: Handshake) -> io::Result<()> {
+        loop {
+            // The guard keeps its readiness: the socket is writable from here on.
+            let mut ready = self.fd.writable().await?;
+            // epoll tells of a failure along with it; only then the socket has to be asked.
+            if ready.ready().is_write_closed() {
+                break;
+            }
+            // With a handshake that waits for the first write, a socket is writable before it has begun.
+            if handshake == Handshake::Begun || super::tcp_info(&self.fd)?.tcpi_state != TCP_SYN_SENT {
+                return Ok(());
+            }
+            ready.clear_ready();
         }
         match SockRef::from(&self.fd).take_error()? {
             Some(error) => Err(error),
@@ -182,6 +219,26 @@ impl Stream {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
+        }
+    }
+
+    /// Reads once, whether the event loop knows of something to read or not. Pending does not mean to be woken.
+    pub fn read_now(&self, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match rustix::net::recv(self.fd.get_ref(), buffer, RecvFlags::empty()) {
+            Ok((_, count)) => Poll::Ready(Ok(count)),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error.into())),
+        }
+    }
+
+    /// Writes once, as `read_now` reads; also before the handshake, which it then begins.
+    pub fn write_now(&self, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.fd.get_ref().before_write();
+        match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
+            Ok(count) => Poll::Ready(Ok(count)),
+            // No cookie any more: the SYN is out, without a byte.
+            Err(rustix::io::Errno::INPROGRESS | rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Poll::Pending,
+            Err(error) => Poll::Ready(Err(error.into())),
         }
     }
 

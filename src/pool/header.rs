@@ -4,15 +4,15 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use crate::config::Tlvs;
+use crate::config::{HeaderFormat, Tlvs};
 use crate::proxy_protocol::error::EncodeError;
-use crate::proxy_protocol::{Addresses, Command, Tlv, Transport, Version, tlv, v1, v2};
+use crate::proxy_protocol::{Addresses, Command, Tlv, Transport, spp, tlv, v1, v2};
 
 /// What is known of a header before a client comes. TLVs ascend by type: one receiver sorts before it checks the CRC.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HeaderPlan {
     /// `None`: no header at all.
-    pub version: Option<Version>,
+    pub format: Option<HeaderFormat>,
     /// TLVs of types below UNIQUE_ID.
     head: Vec<u8>,
     unique_id: bool,
@@ -28,9 +28,9 @@ pub struct HeaderPlan {
 
 impl HeaderPlan {
     /// From the merged TLVs of upstream, listener and pool. Only v2 carries TLVs.
-    pub fn new(version: Option<Version>, tlvs: &Tlvs) -> Result<HeaderPlan, EncodeError> {
-        let mut plan = HeaderPlan { version, ..HeaderPlan::default() };
-        if version != Some(Version::V2) {
+    pub fn new(format: Option<HeaderFormat>, tlvs: &Tlvs) -> Result<HeaderPlan, EncodeError> {
+        let mut plan = HeaderPlan { format, ..HeaderPlan::default() };
+        if format != Some(HeaderFormat::V2) {
             return Ok(plan);
         }
         let mut fixed: Vec<Tlv> = Vec::new();
@@ -65,14 +65,19 @@ impl HeaderPlan {
         &self,
         client: SocketAddr,
         local: SocketAddr,
+        transport: Transport,
         id: &str,
         out: &mut Vec<u8>,
     ) -> Result<(), EncodeError> {
-        let addresses = Addresses::inet(client, local, Transport::Stream);
-        match self.version {
+        let addresses = Addresses::inet(client, local, transport);
+        match self.format {
             None => Ok(()),
-            Some(Version::V1) => v1::encode(out, &addresses),
-            Some(Version::V2) => {
+            Some(HeaderFormat::Spp) => {
+                spp::encode(out, client, local);
+                Ok(())
+            }
+            Some(HeaderFormat::V1) => v1::encode(out, &addresses),
+            Some(HeaderFormat::V2) => {
                 let mut unique_id = [0; 3 + 26];
                 let unique_id: &[u8] = if self.unique_id && id.len() == 26 {
                     unique_id[0] = tlv::UNIQUE_ID;
@@ -107,7 +112,8 @@ mod tests {
     fn header(plan: &HeaderPlan, client: &str) -> Header {
         let mut bytes = Vec::new();
         let id = "01JD5M4Z9Q8V6T7R5P3N1K0H2G";
-        plan.encode(client.parse().unwrap(), "203.0.113.7:80".parse().unwrap(), id, &mut bytes).unwrap();
+        plan.encode(client.parse().unwrap(), "203.0.113.7:80".parse().unwrap(), Transport::Stream, id, &mut bytes)
+            .unwrap();
         match decode(&bytes).unwrap() {
             Decoded::Complete { header, .. } => header,
             incomplete => panic!("{incomplete:?}"),
@@ -130,7 +136,7 @@ mod tests {
             netns: Some("blue".into()),
             custom: Some(vec![(0xE4, b"b".to_vec()), (0xE1, b"x".to_vec()), (0xE4, b"a".to_vec()), (0xF0, vec![])]),
         };
-        let plan = HeaderPlan::new(Some(Version::V2), &tlvs).unwrap();
+        let plan = HeaderPlan::new(Some(HeaderFormat::V2), &tlvs).unwrap();
         let decoded = header(&plan, "10.1.2.3:5000");
         let kinds: Vec<u8> = decoded.tlvs.iter().map(Tlv::kind).collect();
         assert_eq!(kinds, [0x02, 0x03, 0x05, 0x30, 0xE0, 0xE1, 0xE4, 0xE4, 0xEA, 0xEE, 0xF0]);
@@ -144,11 +150,12 @@ mod tests {
     #[test]
     fn v1_carries_no_tlvs_and_no_header_is_no_bytes() {
         let tlvs = Tlvs { vpce_id: Some("vpce-1".into()), ..Tlvs::default() };
-        let v1 = HeaderPlan::new(Some(Version::V1), &tlvs).unwrap();
+        let v1 = HeaderPlan::new(Some(HeaderFormat::V1), &tlvs).unwrap();
         assert!(header(&v1, "10.0.0.1:5").tlvs.is_empty());
         let mut bytes = Vec::new();
         let none = HeaderPlan::new(None, &tlvs).unwrap();
-        none.encode("10.0.0.1:5".parse().unwrap(), "10.0.0.2:80".parse().unwrap(), "", &mut bytes).unwrap();
+        none.encode("10.0.0.1:5".parse().unwrap(), "10.0.0.2:80".parse().unwrap(), Transport::Stream, "", &mut bytes)
+            .unwrap();
         assert!(bytes.is_empty());
     }
 }

@@ -20,6 +20,8 @@ pub struct UpstreamLife {
     /// Rejections in a row, over all workers; and how the last one looked.
     rejections: AtomicU32,
     last_rejection: AtomicU8,
+    /// The longest datagram that may leave as a segment of a larger send; lowered when the kernel refuses one.
+    pub segment_max: AtomicU32,
     /// Counters since the upstream joined.
     pub counters: UpstreamCounters,
 }
@@ -55,6 +57,7 @@ impl UpstreamLife {
             has_answered: AtomicBool::new(false),
             rejections: AtomicU32::new(0),
             last_rejection: AtomicU8::new(0),
+            segment_max: AtomicU32::new(u32::MAX),
             counters: UpstreamCounters::default(),
         })
     }
@@ -86,6 +89,16 @@ impl UpstreamLife {
     /// Counts an established connection.
     pub fn connect_succeeded(&self) {
         self.counters.connections.fetch_add(1, Ordering::Relaxed);
+        self.answered();
+    }
+
+    /// Counts a UDP session. That it was begun says nothing about the upstream; its first reply will.
+    pub fn session_begun(&self) {
+        self.counters.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It is there: failed connects are no longer in a row.
+    pub fn answered(&self) {
         // Written only when it changes: the line is shared by all workers.
         if self.failed_connects.load(Ordering::Relaxed) != 0 {
             self.failed_connects.store(0, Ordering::Relaxed);
@@ -95,7 +108,7 @@ impl UpstreamLife {
 
 impl UpstreamLife {
     /// A connection got an answer: nothing is wrong with the header.
-    pub fn answered(&self) {
+    pub fn header_taken(&self) {
         // Written only when they change: the line is shared by all workers.
         if !self.has_answered.load(Ordering::Relaxed) {
             self.has_answered.store(true, Ordering::Relaxed);

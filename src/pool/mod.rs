@@ -169,6 +169,11 @@ impl Pool {
         self.tiers.iter().map(|tier| tier.members.len()).sum()
     }
 
+    /// Does this upstream take new connections?
+    pub fn takes(&self, index: usize) -> bool {
+        self.tiers.iter().any(|tier| tier.members.iter().any(|(member, _)| usize::from(*member) == index))
+    }
+
     /// The next upstream that has room and is not in `tried`.
     pub fn pick(&self, tried: &[usize]) -> Result<Picked, PickError> {
         // One step a pick, however many tiers it falls through: else the later ones would see every second turn only.

@@ -1,7 +1,9 @@
 //! PURE. A header in words: each field with its offset, its bytes and their meaning; what is wrong, and what to do.
 
 use std::fmt::Write as _;
+use std::net::IpAddr;
 
+use crate::proxy_protocol::spp::Spp;
 use crate::proxy_protocol::tlv::{self, RawTlv, TLV_PREFIX_BYTES};
 use crate::proxy_protocol::v2::{PREFIX_BYTES, SIGNATURE};
 use crate::proxy_protocol::{Addresses, Command, DecodeError, Header, SslTlv, Tlv, Transport, Version};
@@ -21,6 +23,33 @@ pub fn explain(header: &Header, raw: &[u8]) -> String {
         field.line(&raw[field.at..field.at + field.len], &mut out);
     }
     out
+}
+
+/// The same of Cloudflare's 38 bytes.
+pub fn explain_spp(spp: &Spp, raw: &[u8]) -> String {
+    let mut fields = Fields { fields: Vec::new(), at: 0 };
+    let mapped = |ip: IpAddr| if ip.is_ipv4() { format!("{ip}, as IPv6") } else { ip.to_string() };
+    fields.push(2, "magic of the Simple Proxy Protocol");
+    fields.push(16, format!("client address {}", mapped(spp.client.ip())));
+    fields.push(16, format!("proxy address {}", mapped(spp.local.ip())));
+    fields.push(2, format!("client port {}", spp.client.port()));
+    fields.push(2, format!("proxy port {}", spp.local.port()));
+    let mut out = table(&spp_facts(spp));
+    out.push('\n');
+    for field in fields.fields {
+        field.line(&raw[field.at..field.at + field.len], &mut out);
+    }
+    out
+}
+
+/// Names and values of Cloudflare's header.
+pub fn spp_facts(spp: &Spp) -> Vec<(String, String)> {
+    let fact = |name: &str, value: String| (name.to_owned(), value);
+    vec![
+        fact("header", "Simple Proxy Protocol (Cloudflare, UDP)".to_owned()),
+        fact("client", spp.client.to_string()),
+        fact("destination", spp.local.to_string()),
+    ]
 }
 
 /// One fact a line, names in the first column: what `whoami` answers and `demo` shows.
@@ -323,7 +352,7 @@ fn help(error: &DecodeError, bytes: &[u8]) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proxy_protocol::{Decoded, decode};
+    use crate::proxy_protocol::{Decoded, decode, spp};
 
     fn shown(bytes: &[u8]) -> String {
         match decode(bytes) {
@@ -382,6 +411,18 @@ mod tests {
     #[test]
     fn a_health_check() {
         insta::assert_snapshot!(shown(&written(&Header::local(vec![]))));
+    }
+
+    #[test]
+    fn the_simple_proxy_protocol() {
+        let address = |text: &str| text.parse().expect("an address");
+        let both = [("192.0.2.7:4660", "203.0.113.9:53"), ("[2001:db8::7]:4660", "[2001:db8::9]:53")];
+        let shown = both.map(|(client, local)| {
+            let mut raw = Vec::new();
+            spp::encode(&mut raw, address(client), address(local));
+            explain_spp(&spp::decode(&raw).expect("a header"), &raw)
+        });
+        insta::assert_snapshot!(shown.join("-----\n"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 pub mod error;
 pub mod explain;
+pub mod spp;
 pub mod tlv;
 pub mod v1;
 pub mod v2;

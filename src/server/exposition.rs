@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
+use crate::config::{HeaderFormat, Protocol};
 use crate::connection::measured::KINDS;
 use crate::metrics::Families;
 use crate::metrics::latency::{self, Buckets};
@@ -16,8 +17,8 @@ use crate::pool::rejection::Rejection;
 use crate::pool::{AdminState, Health, Upstream, UpstreamKey};
 use crate::server::state::State;
 use crate::server::status::Usage;
-use crate::snapshot::{ListenerLife, Snapshot};
-use crate::termination::Termination;
+use crate::snapshot::{ListenerLife, Moved, SessionCounters, Snapshot};
+use crate::termination::{DropReason, Termination};
 
 /// An upstream with the labels of its samples.
 struct Labelled<'a> {
@@ -33,6 +34,7 @@ impl State {
         let mut families = Families::new();
         self.process_families(&mut families);
         self.listener_families(&mut families);
+        self.session_families(&mut families);
         let snapshot = self.snapshot.load();
         let mut upstreams: BTreeMap<(&str, SocketAddr), &Upstream> = BTreeMap::new();
         for pool in snapshot.pools.values() {
@@ -179,10 +181,64 @@ impl State {
             bytes.sample(&[("listener", name), ("direction", "in")], life.bytes_in.load(Relaxed));
             bytes.sample(&[("listener", name), ("direction", "out")], life.bytes_out.load(Relaxed));
         }
-        let mut headers = families.counter("preface_headers_sent_total", "PROXY headers sent, by version.");
+        let mut headers = families.counter(
+            "preface_headers_sent_total",
+            "Headers sent, by version; UDP: one for each datagram that had one.",
+        );
         for (name, life) in &lives {
-            for (version, count) in ["v1", "v2"].iter().zip(&life.headers) {
-                headers.sample(&[("listener", name), ("version", version)], count.load(Relaxed));
+            for (format, count) in HeaderFormat::ALL.iter().zip(&life.headers) {
+                headers.sample(&[("listener", name), ("version", format.as_str())], count.load(Relaxed));
+            }
+        }
+    }
+
+    fn session_families(&self, families: &mut Families) {
+        let is_udp = |name: &str| self.config.listeners.get(name).is_some_and(|one| one.serves(Protocol::Udp));
+        let lives = self.inputs.listener_lives.iter();
+        let lives: BTreeMap<&str, &SessionCounters> =
+            lives.filter(|(name, _)| is_udp(name)).map(|(name, life)| (name.as_str(), &life.sessions)).collect();
+        let mut open = families.gauge("preface_sessions_open", "UDP sessions open now, by listener.");
+        for (name, counters) in &lives {
+            open.sample(&[("listener", name)], counters.open.load(Relaxed));
+        }
+        let mut begun = families.counter("preface_sessions_begun_total", "UDP sessions begun.");
+        for (name, counters) in &lives {
+            begun.sample(&[("listener", name)], counters.begun.load(Relaxed));
+        }
+        let mut ended = families.counter("preface_sessions_ended_total", "UDP sessions ended, by who, phase and why.");
+        for (name, counters) in &lives {
+            for termination in Termination::ALL {
+                let count = counters.ends[*termination as usize].load(Relaxed);
+                if count > 0 {
+                    let (who, phase) = (termination.who().as_str(), termination.phase().as_str());
+                    let labels = [("listener", *name), ("who", who), ("phase", phase), ("why", termination.why())];
+                    ended.sample(&labels, count);
+                }
+            }
+        }
+        let mut moved =
+            families.counter("preface_sessions_moved_total", "UDP sessions that went on with another upstream.");
+        for (name, counters) in &lives {
+            for (why, count) in Moved::ALL.iter().zip(&counters.moved) {
+                moved.sample(&[("listener", name), ("reason", why.as_str())], count.load(Relaxed));
+            }
+        }
+        for (family, help, count) in [
+            ("preface_datagrams_total", "Datagrams passed on: in from clients, out to clients.", 0),
+            ("preface_datagram_bytes_total", "Their payload; headers not counted.", 1),
+        ] {
+            let mut family = families.counter(family, help);
+            for (name, counters) in &lives {
+                let counts = [&counters.datagrams, &counters.bytes][count];
+                for (direction, count) in ["in", "out"].iter().zip(counts) {
+                    family.sample(&[("listener", name), ("direction", direction)], count.load(Relaxed));
+                }
+            }
+        }
+        let mut dropped = families.counter("preface_datagrams_dropped_total", "Datagrams not passed on, by reason.");
+        for (name, counters) in &lives {
+            for (reason, count) in DropReason::ALL.iter().zip(&counters.dropped) {
+                dropped.sample(&[("listener", name), ("reason", reason.as_str())], count.load(Relaxed));
             }
         }
     }

@@ -131,7 +131,7 @@ fn start_state(
         config: nothing,
         text: String::new(),
         warnings: Vec::new(),
-        inputs: Inputs { has_ipv6: net::has_ipv6(), ..Inputs::default() },
+        inputs: Inputs { has_ipv6: net::has_ipv6(), ports: limits::local_ports(), ..Inputs::default() },
         snapshot,
         workers,
         checkers: BTreeMap::new(),

@@ -1,10 +1,8 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use socket2::Socket;
@@ -13,8 +11,9 @@ use tokio::time::timeout_at;
 
 use crate::admin::guard::Access;
 use crate::config::error::Style;
-use crate::config::{self, Config, Parsed, diff};
+use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
+use crate::net::datagram;
 use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
@@ -101,11 +100,11 @@ impl State {
         self.carry_over(&old);
         self.forget_answers_to_other_headers(&old);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
-        let mut gone: Vec<(SocketAddr, usize)> = Vec::new();
+        let mut gone: Vec<(SocketKey, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
             let stays = wanted.contains(key);
             if !stays {
-                gone.push((key.0, *slot));
+                gone.push((*key, *slot));
             }
             stays
         });
@@ -146,8 +145,8 @@ impl State {
     fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
         let mut keys = BTreeMap::new();
         for listener in config.listeners.values() {
-            for bind in &listener.binds {
-                keys.insert(snapshot::socket_key(bind, self.inputs.has_ipv6), listener.name.clone());
+            for key in snapshot::socket_keys(listener, self.inputs.has_ipv6) {
+                keys.insert(key, listener.name.clone());
             }
         }
         keys
@@ -157,25 +156,40 @@ impl State {
     fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
         let mut errors = Vec::new();
-        let mut own: BTreeSet<SocketAddr> = self.inputs.slots.keys().map(|(address, _)| *address).collect();
+        let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().copied().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
             let keepalive = new.listeners[&name].keepalive;
-            let options = BindOptions { address: key.0, v6only: key.1, keepalive };
+            let options = BindOptions { address: key.address, v6only: key.v6only, keepalive };
             // Only our own wildcard may share a port with our own address: the probe would see ourselves.
             let shares = own.iter().any(|other| {
-                other.port() == key.0.port()
-                    && (other.ip().is_unspecified() || key.0.ip().is_unspecified() || *other == key.0)
+                let (one, other) = (key.address, other);
+                other.protocol == key.protocol
+                    && other.address.port() == one.port()
+                    && (other.address.ip().is_unspecified() || one.ip().is_unspecified() || other.address == one)
             });
-            let probed = if shares { Ok(()) } else { listen::probe(&options) };
-            match probed.and_then(|()| listen::bind(&options, self.workers.len())) {
+            let bind = || match key.protocol {
+                Protocol::Tcp => {
+                    if !shares {
+                        listen::probe(&options)?;
+                    }
+                    listen::bind(&options, self.workers.len())
+                }
+                Protocol::Udp => {
+                    if !shares {
+                        datagram::probe(&options)?;
+                    }
+                    datagram::bind(&options, self.workers.len())
+                }
+            };
+            match bind() {
                 Ok(sockets) => {
-                    own.insert(key.0);
+                    own.insert(key);
                     bound.push(Bound { key, sockets });
                 }
-                Err(error) => errors.push(bind_error(&name, key.0, &error)),
+                Err(error) => errors.push(bind_error(&name, key, &error)),
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
@@ -234,8 +248,8 @@ impl State {
         self.drop_health_of_other_checks(old, &renamed);
         self.inputs.turns.retain(|(name, _), _| self.config.pools.contains_key(name));
         let listeners = &self.config.listeners;
-        // A listener that comes back while its connections are open goes on counting them.
-        self.inputs.listener_lives.retain(|name, life| listeners.contains_key(name) || life.open.load(Relaxed) > 0);
+        // A listener that comes back while its connections or sessions are open goes on counting them.
+        self.inputs.listener_lives.retain(|name, life| listeners.contains_key(name) || life.is_used());
     }
 
     /// A pool that is checked from now on starts as unknown; one that isn't any more is healthy.
@@ -260,22 +274,26 @@ impl State {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
             for (worker, socket) in self.workers.iter().zip(sockets) {
-                if let Err(error) = listen::listen(&socket) {
-                    tracing::error!(event = "listen", listener = &*listener.life.name, address = %key.0, reason = %error);
+                let opened = match key.protocol {
+                    Protocol::Tcp => listen::listen(&socket),
+                    Protocol::Udp => Ok(()),
+                };
+                if let Err(error) = opened {
+                    tracing::error!(event = "listen", listener = &*listener.life.name, address = %key.address, reason = %error);
                     continue;
                 }
-                let listener = Arc::clone(listener);
-                worker.send(Message::Listen { socket, bound: key.0, slot, listener }).await;
+                let (protocol, bound, listener) = (key.protocol, key.address, Arc::clone(listener));
+                worker.send(Message::Listen { protocol, socket, bound, slot, listener }).await;
             }
         }
     }
 
-    async fn close(&mut self, gone: &[(SocketAddr, usize)]) {
-        for (address, slot) in gone {
+    async fn close(&mut self, gone: &[(SocketKey, usize)]) {
+        for (key, slot) in gone {
             for worker in &self.workers {
                 let (closed, closing) = oneshot::channel();
                 worker.send(Message::Unlisten { slot: *slot, closed }).await;
-                self.closing.push((*address, closing));
+                self.closing.push((*key, closing));
             }
         }
     }
@@ -285,8 +303,8 @@ impl State {
     async fn wait_for_closing(&mut self, new: &Config) {
         self.closing.retain_mut(|(_, closing)| matches!(closing.try_recv(), Err(TryRecvError::Empty)));
         let keys = self.socket_keys(new).into_keys().filter(|key| !self.inputs.slots.contains_key(key));
-        let ports: HashSet<u16> = keys.map(|(address, _)| address.port()).collect();
-        let awaited = self.closing.extract_if(.., |(address, _)| ports.contains(&address.port()));
+        let ports: HashSet<(Protocol, u16)> = keys.map(|key| (key.protocol, key.address.port())).collect();
+        let awaited = self.closing.extract_if(.., |(key, _)| ports.contains(&(key.protocol, key.address.port())));
         let deadline = tokio::time::Instant::now() + CLOSING_MAX;
         for (_, closing) in awaited.collect::<Vec<_>>() {
             // A worker that is late is found out by the bind.
@@ -299,7 +317,9 @@ impl State {
         let mut setting = Vec::new();
         for (slot, listener) in &self.snapshot.load().slots {
             let keepalive: Option<Duration> = listener.config.keepalive;
-            if before.slots.get(slot).is_some_and(|before| before.config.keepalive != keepalive) {
+            if listener.config.serves(Protocol::Tcp)
+                && before.slots.get(slot).is_some_and(|before| before.config.keepalive != keepalive)
+            {
                 for worker in &self.workers {
                     let (set, is_set) = oneshot::channel();
                     worker.send(Message::Keepalive { slot: *slot, keepalive, set }).await;
@@ -315,10 +335,12 @@ impl State {
     }
 }
 
-fn bind_error(name: &str, address: SocketAddr, error: &std::io::Error) -> String {
-    let port = address.port();
+fn bind_error(name: &str, key: SocketKey, error: &std::io::Error) -> String {
+    let (port, address, protocol) = (key.address.port(), key.address, key.protocol);
     let next = match error.kind() {
-        std::io::ErrorKind::AddrInUse => format!("see who has it: ss -ltnp 'sport = :{port}'"),
+        std::io::ErrorKind::AddrInUse => {
+            format!("see who has it: ss -l{}np 'sport = :{port}'", &protocol.as_str()[..1])
+        }
         std::io::ErrorKind::PermissionDenied => {
             format!("ports below 1024 need CAP_NET_BIND_SERVICE, or net.ipv4.ip_unprivileged_port_start <= {port}")
         }
@@ -327,7 +349,8 @@ fn bind_error(name: &str, address: SocketAddr, error: &std::io::Error) -> String
         }
         _ => "see the system's message".to_owned(),
     };
-    format!("error: listener {name:?} cannot bind {address}: {error}; {next}")
+    let protocol = if protocol == Protocol::Udp { " for UDP" } else { "" };
+    format!("error: listener {name:?} cannot bind {address}{protocol}: {error}; {next}")
 }
 
 fn log_report(report: &ReloadReport) {

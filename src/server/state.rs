@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
 use crate::admin::guard::Access;
-use crate::config::{Config, OnUnhealthy, Version};
+use crate::config::{Config, OnUnhealthy};
 use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
@@ -22,7 +22,7 @@ use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::history::History;
 use crate::server::suspicion::Suspicion;
-use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot};
+use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
 
@@ -115,7 +115,7 @@ pub struct State {
     /// Upstreams that joined by a reload and were not healthy yet: their slow start begins when they are.
     pub joined: HashSet<UpstreamKey>,
     /// Addresses that left the configuration, until each worker has closed its socket.
-    pub closing: Vec<(SocketAddr, oneshot::Receiver<()>)>,
+    pub closing: Vec<(SocketKey, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
@@ -445,7 +445,7 @@ impl State {
             let Some(check) = &pool.health_check else { continue };
             for upstream in &pool.upstreams {
                 let key = UpstreamKey { pool: name.clone(), address: snapshot::upstream_address(upstream, port) };
-                let header: Option<Version> = upstream.proxy_protocol;
+                let header = upstream.proxy_protocol;
                 let target = Target { key: key.clone(), check: check.clone(), header, source: pool.source.clone() };
                 targets.insert(key, target);
             }

@@ -40,18 +40,20 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 
+use crate::config::{HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
 use crate::server::state::State;
 use crate::server::suspicion::Suspicion;
-use crate::snapshot::ListenerLife;
-use crate::termination::Termination;
+use crate::snapshot::{ListenerLife, Moved, SessionCounters};
+use crate::termination::{DropReason, Termination};
 
 /// RFC 3339 in UTC, with milliseconds.
 fn time(time: SystemTime) -> String {
@@ -70,6 +72,11 @@ impl State {
             value["rates"] = self.history.listener_rates(&listener.name);
             value["ends_10m"] = ends(&self.history.recent_ends(Some(&listener.name)));
             value["bind"] = json!(binds);
+            value["protocol"] = json!(listener.protocols.iter().map(|one| one.as_str()).collect::<Vec<_>>());
+            if listener.serves(Protocol::Udp) {
+                let max = snapshot.slots.values().find(|slot| slot.config.name == listener.name);
+                value["sessions"] = sessions_value(&life.sessions, max.map_or(0, |slot| slot.sessions_max));
+            }
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
         }
@@ -138,7 +145,7 @@ impl State {
             "admin_by": admin.map(|record| record.by.as_str()),
             "weight": upstream.candidate.weight,
             "backup": upstream.candidate.backup,
-            "header": pool.config.upstreams[upstream.entry].proxy_protocol.map_or("off", |version| version.as_str()),
+            "header": pool.config.upstreams[upstream.entry].proxy_protocol.map_or("off", |format| format.as_str()),
             "open": upstream.life.open(),
             "connections": counters.connections.load(Relaxed),
             "connect_failures": counters.connect_failures.load(Relaxed),
@@ -187,6 +194,31 @@ impl State {
     }
 }
 
+/// What of a listener's UDP happened, by its word; the words that never did are left out.
+fn sessions_value(counters: &SessionCounters, max: usize) -> Value {
+    let happened = |counts: Map<String, Value>| counts.into_iter().filter(|(_, count)| *count != 0).collect();
+    let ends = Termination::ALL.iter().map(|end| end.to_string()).zip(&counters.ends);
+    let ends: Map<String, Value> = happened(by_word(ends));
+    let dropped: Map<String, Value> =
+        happened(by_word(DropReason::ALL.iter().map(|reason| reason.as_str()).zip(&counters.dropped)));
+    json!({
+        "open": counters.open.load(Relaxed),
+        "max": max,
+        "begun": counters.begun.load(Relaxed),
+        "datagrams_in": counters.datagrams[0].load(Relaxed),
+        "datagrams_out": counters.datagrams[1].load(Relaxed),
+        "bytes_in": counters.bytes[0].load(Relaxed),
+        "bytes_out": counters.bytes[1].load(Relaxed),
+        "moved": by_word(Moved::ALL.iter().map(|why| why.as_str()).zip(&counters.moved)),
+        "dropped": dropped,
+        "ends": ends,
+    })
+}
+
+fn by_word<'a>(counts: impl Iterator<Item = (impl Into<String>, &'a AtomicU64)>) -> Map<String, Value> {
+    counts.map(|(word, count)| (word.into(), json!(count.load(Relaxed)))).collect()
+}
+
 /// Connections that looked as if their header had been rejected, by how; those that there were.
 fn rejections(upstream: &Upstream) -> Value {
     let counts = Rejection::ALL.iter().zip(&upstream.life.counters.rejections);
@@ -226,7 +258,7 @@ fn listener_value(life: &ListenerLife) -> Value {
         "accepted": life.accepted.load(Relaxed),
         "bytes_in": life.bytes_in.load(Relaxed),
         "bytes_out": life.bytes_out.load(Relaxed),
-        "headers": { "v1": life.headers[0].load(Relaxed), "v2": life.headers[1].load(Relaxed) },
+        "headers": by_word(HeaderFormat::ALL.iter().map(|format| format.as_str()).zip(&life.headers)),
         "ends": ends(&life.ends.each_ref().map(|count| count.load(Relaxed))),
     })
 }

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
-use crate::config::{self, CheckHeader, Config, Probe, Tlvs, Version};
+use crate::config::{self, CheckHeader, Config, HeaderFormat, Probe, Tlvs};
 use crate::pool::rejection::Rejection;
 use crate::pool::{Health, UpstreamKey};
 use crate::server::state::State;
@@ -75,11 +75,12 @@ impl State {
         let asks = match &check.probe {
             Probe::Tcp { expect, .. } => !expect.is_empty(),
             Probe::Http { .. } => true,
+            Probe::Udp { .. } => false,
         };
         let header = match check.proxy_protocol {
             CheckHeader::Same => upstream.proxy_protocol,
             CheckHeader::Off => None,
-            CheckHeader::Version(version) => Some(version),
+            CheckHeader::Format(format) => Some(format),
         };
         let has_tlvs = upstream.tlvs != Tlvs::default()
             || pool.tlvs != Tlvs::default()
@@ -121,10 +122,10 @@ fn advice(
     let seen = format!("the last {in_a_row} connections were {}", rejection.in_words());
     let (reason, word) = match upstream.proxy_protocol {
         None => (format!("{seen}: it probably requires a header, and gets none"), "v2"),
-        Some(version) => {
+        Some(format) => {
             let cause = "it probably does not expect a header";
-            let or = if version == Version::V2 { ", or not this version" } else { "" };
-            (format!("{seen}, right after the {} header: {cause}{or}", version.as_str()), "off")
+            let or = if format == HeaderFormat::V2 { ", or not this version" } else { "" };
+            (format!("{seen}, right after the {} header: {cause}{or}", format.as_str()), "off")
         }
     };
     let address = key.address;

@@ -116,7 +116,8 @@ fn the_demo_shows_a_header_of_each_version_and_ends_with_control_c() {
     let directory = tempfile::tempdir().unwrap();
     let mut demo = Running::start(preface(directory.path()).arg("demo"));
     let text = demo.read_until("/metrics");
-    for part in ["PROXY protocol version 1", "PROXY protocol version 2", "AWS VPC endpoint vpce-08d2bf15fac5001c9"] {
+    let parts = ["PROXY protocol version 1", "PROXY protocol version 2", "AWS VPC endpoint vpce-08d2bf15fac5001c9"];
+    for part in parts.into_iter().chain(["UDP over IPv4"]) {
         assert!(text.contains(part), "no {part:?} in:\n{text}");
     }
     assert_eq!(demo.interrupt(), Some(0));

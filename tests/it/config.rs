@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use preface::cli;
 use preface::config::keys::{Default, FILE, Kind, Table};
-use preface::config::{self, AdminBind, CheckHeader, Config, Parsed, Style, Version};
+use preface::config::{self, AdminBind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
 
 /// Files under `tests/broken`; each has a reviewed snapshot of what `check` says.
-const BROKEN_FILES: usize = 38;
+const BROKEN_FILES: usize = 39;
 
 fn files(directory: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).expect("the repository has it");
@@ -107,6 +107,10 @@ health_check = { proxy_protocol = "off" }
 
 [pools.unused]
 upstreams = ["10.0.0.30:80"]
+
+[pools.datagrams]
+upstreams = ["10.0.0.30:53"]
+health_check = { protocol = "udp", expect = "PONG" }
 "#
     .replace("TEXT", &"x".repeat(1_025));
     insta::assert_snapshot!("warnings", parsed(&text).warnings.to_string());
@@ -279,12 +283,14 @@ fn the_shipped_files_hold_what_their_names_promise() {
     let mut ports: Vec<u16> = elb.listeners.values().flat_map(|l| &l.binds).map(|b| b.address.port()).collect();
     ports.sort_unstable();
     assert_eq!(ports, [80, 81, 443]);
-    assert!(elb.pools["instances"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V1) && u.port.is_none()));
+    assert!(
+        elb.pools["instances"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V1) && u.port.is_none())
+    );
 
     let gcp = load("gcp-tcp-proxy");
-    assert!(gcp.pools["backends"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V1)));
+    assert!(gcp.pools["backends"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V1)));
     let nginx = load("nginx");
-    assert!(nginx.pools["nginx"].upstreams.iter().all(|u| u.proxy_protocol == Some(Version::V2)));
+    assert!(nginx.pools["nginx"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V2)));
     assert_eq!(load("minimal").pools["web"].health_check, None);
 }
 
@@ -356,8 +362,8 @@ upstreams = [
     .config;
     let upstreams = &config.pools["p"].upstreams;
     let of = |at: usize| (upstreams[at].to_string(), upstreams[at].proxy_protocol, upstreams[at].max_connections);
-    assert_eq!(of(0), ("10.0.0.1".to_owned(), Some(Version::V2), 5));
-    assert_eq!(of(1), ("2001:db8::1".to_owned(), Some(Version::V1), 5));
+    assert_eq!(of(0), ("10.0.0.1".to_owned(), Some(HeaderFormat::V2), 5));
+    assert_eq!(of(1), ("2001:db8::1".to_owned(), Some(HeaderFormat::V1), 5));
     assert_eq!(of(2), ("[2001:db8::1]:443".to_owned(), None, 0));
     assert_eq!((upstreams[2].weight, upstreams[2].backup), (256, true));
 }
@@ -390,7 +396,30 @@ fn a_check_sends_the_traffics_header_on_the_traffics_port_alone() {
     assert_eq!(header("10.0.0.1:80", "port = 8080"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1", "port = 80"), CheckHeader::Off);
     assert_eq!(header("10.0.0.1:80", "port = 8080, proxy_protocol = \"same\""), CheckHeader::Same);
-    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Version(Version::V1));
+    assert_eq!(header("10.0.0.1:80", "proxy_protocol = \"v1\""), CheckHeader::Format(HeaderFormat::V1));
+}
+
+#[test]
+fn a_udp_check_names_its_own_addresses_unless_it_is_told_otherwise() {
+    let check = |check: &str| {
+        let text = format!(
+            "[listeners.a]\nbind = \":53\"\npool = \"p\"\n\
+             [pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"10.0.0.1:53\"]\nhealth_check = {{ {check} }}"
+        );
+        let parsed = parsed(&text);
+        assert!(parsed.warnings.is_empty(), "{}", parsed.warnings);
+        parsed.config.pools["p"].health_check.clone().expect("it is checked")
+    };
+    assert_eq!(check("protocol = \"udp\"").probe, Probe::Udp { send: vec![], expect: vec![] });
+    assert_eq!(check("protocol = \"udp\"").proxy_protocol, CheckHeader::Same);
+    assert_eq!(check("protocol = \"udp\"").proxy_command, CheckCommand::Proxy);
+    assert_eq!(check("protocol = \"udp\", proxy_command = \"local\"").proxy_command, CheckCommand::Local);
+    for other in ["", "protocol = \"tcp\"", "protocol = \"http\""] {
+        assert_eq!(check(other).proxy_command, CheckCommand::Local, "{other}");
+    }
+    let question = check(r#"protocol = "udp", send = "\u0000\u0001", expect = "PONG", port = 5353"#);
+    assert_eq!(question.probe, Probe::Udp { send: vec![0, 1], expect: b"PONG".to_vec() });
+    assert_eq!((question.port, question.proxy_protocol), (Some(5_353), CheckHeader::Off));
 }
 
 const BEFORE: &str = r#"

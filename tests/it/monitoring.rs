@@ -24,7 +24,9 @@ fn scraped() -> (Balancer, Receiver) {
     let receiver = Receiver::with_header(say_who);
     let config = format!(
         "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"p\"\n[pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n\
-         [pools.p.health_check]\n",
+         [pools.p.health_check]\n\
+         [listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"d\"\n\
+         [pools.d]\nupstreams = [\"127.0.0.1:9\"]\n",
         receiver.address
     );
     let lb = preface(&config);
@@ -185,11 +187,14 @@ fn every_metric_and_label_exists() {
     let (lb, _receiver) = scraped();
     let mut families = families(&lb.metrics());
     // In a scrape stand only the ends that there were.
-    let ended = families.get_mut("preface_connections_ended_total").expect("a family");
-    for end in Termination::ALL {
-        let words = [("who", end.who().as_str()), ("phase", end.phase().as_str()), ("why", end.why())];
-        for (label, word) in words {
-            ended.entry(label.to_owned()).or_default().insert(word.to_owned());
+    for family in ["preface_connections_ended_total", "preface_sessions_ended_total"] {
+        let ended = families.get_mut(family).expect("a family");
+        ended.entry("listener".to_owned()).or_default();
+        for end in Termination::ALL {
+            let words = [("who", end.who().as_str()), ("phase", end.phase().as_str()), ("why", end.why())];
+            for (label, word) in words {
+                ended.entry(label.to_owned()).or_default().insert(word.to_owned());
+            }
         }
     }
     let mut texts = dashboard_expressions();

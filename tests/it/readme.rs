@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use preface::config::{self, LogFormat};
-use preface::log::{ConnectionLine, connection_line};
+use preface::log::{ConnectionLine, connection_line, session_line};
 use preface::termination::Termination;
 
 const README: &str = include_str!("../../README.md");
@@ -136,32 +136,30 @@ fn the_table_of_ends_is_the_code() {
 
 #[test]
 fn the_log_fields_are_the_code() {
-    let line = connection_line(
-        LogFormat::Text,
-        &ConnectionLine {
-            time: SystemTime::UNIX_EPOCH,
-            id: "id",
-            listener: "web",
-            client: "192.0.2.1:1".parse().expect("an address"),
-            local: None,
-            pool: None,
-            upstream: None,
-            header: None,
-            bytes_in: 0,
-            bytes_out: 0,
-            connect: None,
-            first_byte: None,
-            duration: Duration::ZERO,
-            attempts: 0,
-            end: Termination::Denied,
-        },
-    );
+    let ended = ConnectionLine {
+        time: SystemTime::UNIX_EPOCH,
+        id: "id",
+        listener: "web",
+        client: "192.0.2.1:1".parse().expect("an address"),
+        local: None,
+        pool: None,
+        upstream: None,
+        header: None,
+        bytes_in: 0,
+        bytes_out: 0,
+        connect: None,
+        first_byte: None,
+        duration: Duration::ZERO,
+        attempts: 0,
+        end: Termination::Denied,
+    };
+    let line = connection_line(LogFormat::Text, &ended);
     let keys = |line: &str| -> Vec<String> {
         line.split_whitespace().map(|field| field.split('=').next().unwrap_or("").to_owned()).collect()
     };
     let documented: Vec<String> =
         table("| field | meaning |").into_iter().map(|row| row[0].trim_matches('`').to_owned()).collect();
-    assert_eq!(documented, keys(&line), "the table of fields");
+    assert_eq!(documented, keys(&session_line(LogFormat::Text, &ended, [0, 0])), "the table of fields");
     let (_, sample) = blocks("text").into_iter().next().expect("a sample line");
     assert_eq!(keys(&sample), keys(&line), "the sample line");
 }

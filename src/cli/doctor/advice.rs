@@ -280,7 +280,7 @@ pub fn sent_by(check: &HealthCheck, traffic: Option<Version>) -> Try {
     let version = match check.proxy_protocol {
         CheckHeader::Off => None,
         CheckHeader::Same => traffic,
-        CheckHeader::Version(version) => Some(version),
+        CheckHeader::Format(format) => format.version(),
     };
     match (version, check.proxy_command) {
         (None, _) => Try::Bare,

@@ -8,7 +8,7 @@ use toml::de::DeTable;
 use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
-use crate::config::{Config, HealthCheck, Pool, Probe, Tlvs};
+use crate::config::{Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +126,11 @@ pub fn targets(config: &Config) -> Vec<Target> {
                 let (question, guessed) = question(check, port);
                 let address = SocketAddr::new(upstream.ip, port);
                 let has_tlvs = tlvs != Tlvs::default();
-                let configured = Configured { version: upstream.proxy_protocol, tlvs: has_tlvs, check: check.cloned() };
+                let configured = Configured {
+                    version: upstream.proxy_protocol.and_then(HeaderFormat::version),
+                    tlvs: has_tlvs,
+                    check: check.cloned(),
+                };
                 let (pool, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
                 Target { pool, index, address, role, source, question, guessed, tlvs, configured }
             };

@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use crate::config::Tlvs;
+use crate::config::{HeaderFormat, Tlvs};
 use crate::pool::header::HeaderPlan;
 use crate::proxy_protocol::error::EncodeError;
-use crate::proxy_protocol::{Addresses, Header, Version};
+use crate::proxy_protocol::{Addresses, Header, Transport, Version};
 
 /// One connection of an examination, by what goes first on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,9 +63,15 @@ impl Try {
         let plan = |version, tlvs| HeaderPlan::new(Some(version), tlvs);
         match self {
             Try::Bare => {}
-            Try::V2 => plan(Version::V2, &none)?.encode(local, peer, CONNECTION_ID, &mut bytes)?,
-            Try::V1 => plan(Version::V1, &none)?.encode(local, peer, CONNECTION_ID, &mut bytes)?,
-            Try::Tlvs => plan(Version::V2, tlvs)?.encode(local, peer, CONNECTION_ID, &mut bytes)?,
+            Try::V2 => {
+                plan(HeaderFormat::V2, &none)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+            }
+            Try::V1 => {
+                plan(HeaderFormat::V1, &none)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+            }
+            Try::Tlvs => {
+                plan(HeaderFormat::V2, tlvs)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+            }
             Try::Local => Header::local(vec![]).encode(&mut bytes)?,
             Try::Unknown => Header::proxy(Version::V1, Addresses::Unknown, vec![]).encode(&mut bytes)?,
         }

@@ -17,6 +17,7 @@ use tokio::time::timeout_at;
 
 use super::{ANSWER_BYTES_MAX, Attempt, Failure, header_bytes};
 use crate::net::check;
+use crate::proxy_protocol::Transport;
 
 /// What is asked for and which status codes pass.
 pub(super) struct Question<'a> {
@@ -35,7 +36,7 @@ pub(super) async fn ask(
     question: &Question<'_>,
 ) -> Result<String, Failure> {
     let asking = async {
-        let header = header_bytes(attempt, stream)?;
+        let header = header_bytes(attempt, Transport::Stream, (stream.local_addr()?, stream.peer_addr()?));
         if !header.is_empty() {
             check::send_with_next(stream, &header)?;
         }

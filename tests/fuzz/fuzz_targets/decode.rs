@@ -2,9 +2,14 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use preface::proxy_protocol::{Addresses, Command, Decoded, Version, decode};
+use preface::proxy_protocol::{Addresses, Command, Decoded, Version, decode, spp};
 
 fuzz_target!(|bytes: &[u8]| {
+    if let Ok(spp::Spp { client, local }) = spp::decode(bytes) {
+        let mut again = Vec::new();
+        spp::encode(&mut again, client, local);
+        assert_eq!(again, bytes[..spp::HEADER_BYTES]);
+    }
     let Ok(Decoded::Complete { header, len }) = decode(bytes) else { return };
     assert!(matches!(decode(&bytes[..len - 1]), Ok(Decoded::Incomplete { needed: 1 })));
     let mut again = Vec::new();

@@ -4,6 +4,8 @@ mod balancer;
 pub mod client;
 #[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
 pub mod configmap;
+pub mod datagrams;
+pub mod dns;
 pub mod http;
 pub mod more_peers;
 pub mod netns;

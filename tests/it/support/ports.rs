@@ -5,7 +5,7 @@
 //! stays bound for the life of this process, which keeps other test processes out of it.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -19,7 +19,7 @@ struct Block {
 
 static BLOCKS_TAKEN: Mutex<Vec<Block>> = Mutex::new(Vec::new());
 
-/// A TCP port that nobody listens on, on any address; handed out once.
+/// A port that nobody listens on, on any address, neither for TCP nor for UDP; handed out once.
 pub fn free_port() -> u16 {
     let mut blocks = BLOCKS_TAKEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     loop {
@@ -46,7 +46,8 @@ fn claim_block() -> Block {
 
 fn is_free(port: u16) -> bool {
     // One after the other: a dual-stack bind beside an IPv4 one of our own would fail for that reason alone.
-    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
+        && TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok()
         && match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
             Ok(_) => true,
             Err(error) => error.kind() != ErrorKind::AddrInUse,
