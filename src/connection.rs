@@ -1,6 +1,8 @@
 //! The life of one TCP connection: pick, connect, introduce, relay.
 
+pub mod measured;
 mod record;
+mod tap;
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -12,9 +14,11 @@ use std::task::Poll;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::control;
+use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
 use crate::log;
 use crate::net::stream::{ConnectOptions, Handshake};
@@ -26,7 +30,9 @@ use crate::relay::{self, Buffers, Early, Observer, Scratch};
 use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
+use measured::Measured;
 use record::{Entry, Registry};
+use tap::Tap;
 
 pub use record::{Record, new_id};
 
@@ -45,6 +51,8 @@ pub struct Shared {
     scratch: Scratch,
     header: RefCell<Vec<u8>>,
     registry: RefCell<Registry>,
+    measured: RefCell<Measured>,
+    tap: RefCell<Tap>,
     sources: Cell<usize>,
     accepted: Cell<u64>,
     is_ticking: Cell<bool>,
@@ -69,6 +77,8 @@ impl Shared {
             scratch: Buffers::new(pipes_max),
             header: RefCell::default(),
             registry: RefCell::default(),
+            measured: RefCell::default(),
+            tap: RefCell::default(),
             sources: Cell::new(0),
             accepted: Cell::new(0),
             is_ticking: Cell::new(false),
@@ -118,6 +128,36 @@ impl Shared {
     /// Adds what was carried since the last call to the counters of listeners and upstreams.
     pub fn fold(&self) {
         self.registry.borrow().each(Entry::fold);
+    }
+
+    /// Hands over what was measured, for an empty one.
+    pub fn exchange_measured(&self, emptied: Measured) -> Measured {
+        self.measured.replace(emptied)
+    }
+
+    /// Takes back what nobody waited for.
+    pub fn absorb_measured(&self, measured: &Measured) {
+        self.measured.borrow_mut().absorb(measured);
+    }
+
+    /// Open connections, and how many there are.
+    pub fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
+        self.registry.borrow().view(filter)
+    }
+
+    /// The last connections with their headers, the newest first.
+    pub fn last_tapped(&self, filter: &Filter) -> Vec<Tapped> {
+        self.tap.borrow().last(filter)
+    }
+
+    /// Sends each connection that reaches an upstream from now on.
+    pub fn follow(&self, filter: Filter, sender: mpsc::Sender<Tapped>) {
+        self.tap.borrow_mut().follow(filter, sender);
+    }
+
+    /// Orders the connection of this id to end; is it there?
+    pub fn end_one(&self, id: &str) -> bool {
+        self.registry.borrow().end_one(id)
     }
 
     /// Orders connections to end: those of one upstream, or all.
@@ -213,6 +253,7 @@ async fn reach(
             }
             Err(Failure { termination, may_retry: false }) => return Err(termination),
             Err(Failure { termination, .. }) => {
+                record.attempt_failed(termination);
                 let life = Arc::clone(picked.lease.life());
                 // An order is about this upstream: it is not tried again, but another one may have the connection.
                 if record.entry.ordered.take().is_some() {
@@ -274,7 +315,7 @@ struct Failure {
 
 impl From<Termination> for Failure {
     fn from(termination: Termination) -> Failure {
-        Failure { termination, may_retry: termination != Termination::StopTimeout }
+        Failure { termination, may_retry: !matches!(termination, Termination::StopTimeout | Termination::Ended) }
     }
 }
 
@@ -389,7 +430,7 @@ impl Attempt<'_> {
             bytes.clear();
             let mut id = [0; ulid::ULID_LEN];
             self.plan
-                .encode(record.client, record.local, Transport::Stream, record.id(&mut id), bytes)
+                .encode(record.client(), record.local(), Transport::Stream, record.id(&mut id), bytes)
                 .map_err(io::Error::other)?;
             let header = bytes.len();
             if early.pending.is_empty() && !early.client_eof && !early.client_reset {
@@ -418,6 +459,9 @@ impl Attempt<'_> {
             };
             if written < bytes.len() {
                 early.pending = bytes[written..].to_vec();
+            }
+            if outcome.is_ok() {
+                shared.tap.borrow_mut().push(&record.entry, &bytes[..header]);
             }
             if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
                 *bytes = Vec::new();

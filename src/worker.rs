@@ -16,6 +16,8 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::config::Protocol;
 use crate::connection::Shared;
+use crate::connection::measured::Measured;
+use crate::control::view::{self, Filter, Tapped};
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::udp::{Buffers, Udp};
@@ -60,8 +62,8 @@ pub enum Message {
         /// Told when it is so.
         set: oneshot::Sender<()>,
     },
-    /// Add what was carried to the shared counters, and answer: the sign of life.
-    Collect(oneshot::Sender<()>),
+    /// Add what was carried to the shared counters, and exchange what was measured for this empty one: the sign of life.
+    Collect(Measured, oneshot::Sender<Measured>),
     /// End connections with a reset.
     End {
         /// Those of one upstream, or `None`: all.
@@ -69,8 +71,22 @@ pub enum Message {
         /// Why.
         termination: Termination,
     },
+    /// About single connections.
+    Look(Look),
     /// Close every listener; answers when the last queue is empty. Connections stay.
     Stop(oneshot::Sender<()>),
+}
+
+/// What the control thread asks about single connections.
+pub enum Look {
+    /// Show open ones, and how many there are.
+    View(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
+    /// Show the last ones with the headers that their upstreams got.
+    Tap(Filter, oneshot::Sender<Vec<Tapped>>),
+    /// Send each one that reaches an upstream from now on.
+    Follow(Filter, mpsc::Sender<Tapped>),
+    /// End one with a reset; was it here?
+    EndOne(Arc<str>, oneshot::Sender<bool>),
 }
 
 /// Where a worker stands among the others, and its part of what there is.
@@ -141,6 +157,24 @@ impl Worker {
     }
 }
 
+fn hand_over(shared: &Shared, emptied: Measured, reply: oneshot::Sender<Measured>) {
+    let mut measured = shared.exchange_measured(emptied);
+    measured.cpu = limits::thread_time();
+    if let Err(measured) = reply.send(measured) {
+        shared.absorb_measured(&measured);
+    }
+}
+
+fn carry_out(shared: &Shared, look: Look) {
+    // A reply that nobody waits for any more is no error.
+    match look {
+        Look::View(filter, reply) => drop(reply.send(shared.view(&filter))),
+        Look::Tap(filter, reply) => drop(reply.send(shared.last_tapped(&filter))),
+        Look::Follow(filter, sender) => shared.follow(filter, sender),
+        Look::EndOne(id, reply) => drop(reply.send(shared.end_one(&id))),
+    }
+}
+
 async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: impl Fn()) {
     let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
     let mut udp = UdpSockets::default();
@@ -181,17 +215,18 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 }
                 let _ = set.send(());
             }
-            Message::Collect(reply) => {
+            Message::Collect(emptied, reply) => {
                 shared.fold();
                 udp.each(Udp::fold);
                 // Counts also when the control thread no longer waits for it.
                 alive();
-                let _ = reply.send(());
+                hand_over(&shared, emptied, reply);
             }
             Message::End { upstream, termination } => {
                 shared.end(upstream.as_ref(), termination);
                 udp.each(|socket| socket.end(upstream.as_ref(), termination));
             }
+            Message::Look(look) => carry_out(&shared, look),
             Message::Stop(reply) => {
                 udp.each(Udp::drain);
                 let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 
 use super::capture::{self, Payload};
-use super::explain::{explain, explain_error, explain_spp};
+use crate::proxy_protocol::explain::{explain, explain_error, explain_spp};
 use crate::proxy_protocol::spp::{self, SppError};
 use crate::proxy_protocol::{Decoded, Transport, decode};
 

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 
-use super::explain::explain;
 use super::whoami::{self, First, Seen};
+use crate::proxy_protocol::explain::explain;
 use crate::proxy_protocol::{Addresses, Transport};
 
 /// The balancer must listen, and a header arrive, within this.

@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::explain::{explain, explain_error, explain_spp, facts, hex, spp_facts, summary, table};
+use crate::proxy_protocol::explain::{explain, explain_error, explain_spp, facts, hex, spp_facts, summary, table};
 use crate::proxy_protocol::spp::{self, Spp};
 use crate::proxy_protocol::{DecodeError, Decoded, HEADER_BYTES_MAX, Header, Transport, decode};
 

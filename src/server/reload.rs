@@ -17,7 +17,7 @@ use crate::net::datagram;
 use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
-use crate::server::state::{Deadline, State, renamed_pools, upstream_keys};
+use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
 use crate::snapshot::{self, SocketKey};
 use crate::worker::Message;
 
@@ -98,6 +98,7 @@ impl State {
             self.next_slot += 1;
         }
         self.carry_over(&old);
+        self.forget_answers_to_other_headers(&old);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
         let mut gone: Vec<(SocketKey, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
@@ -117,8 +118,12 @@ impl State {
         self.listen(bound).await;
         self.close(&gone).await;
         self.update_keepalive(&before).await;
-        if let Err(error) = self.log.set_level(&self.config.log.level) {
-            tracing::warn!(event = "log", reason = %error);
+        // An order by the admin API stands until the file says something else than before.
+        if old.log.level != self.config.log.level {
+            if let Err(error) = self.log.set_level(&self.config.log.level) {
+                tracing::warn!(event = "log", reason = %error);
+            }
+            self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
         Ok(())
@@ -195,6 +200,7 @@ impl State {
         let renamed = renamed_pools(old, &self.config);
         let old_keys: BTreeSet<UpstreamKey> = upstream_keys(old).into_iter().collect();
         let new_keys: BTreeSet<UpstreamKey> = upstream_keys(&self.config).into_iter().collect();
+        self.history.rename(&renamed);
         let mut inherited = HashSet::new();
         for (new_name, old_name) in &renamed {
             for key in new_keys.iter().filter(|key| key.pool == *new_name) {

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::admin::guard::Access;
 use crate::config::{Config, OnUnhealthy};
+use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
 use crate::drain::OpenConnections;
@@ -19,6 +20,8 @@ use crate::health::{Checker, Target};
 use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
+use crate::server::history::History;
+use crate::server::suspicion::Suspicion;
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -26,7 +29,7 @@ use crate::worker::{Message, Worker};
 /// How long an upstream of an unchecked pool stays out after failed connects.
 const UNCHECKED_EJECTION: Duration = Duration::from_secs(10);
 /// A worker that does not answer a scrape within this time is left out.
-const COLLECT_TIMEOUT: Duration = Duration::from_millis(200);
+pub const COLLECT_TIMEOUT: Duration = Duration::from_millis(200);
 /// Reload reports kept for `/status`.
 const REPORTS_MAX: usize = 10;
 
@@ -65,6 +68,24 @@ impl Deadline {
     }
 }
 
+/// The level of the log, and who wanted it.
+#[derive(Clone, Debug)]
+pub struct LogLevel {
+    /// In force.
+    pub level: String,
+    /// "configuration", or who ordered another one.
+    pub by: String,
+    /// Since when.
+    pub since: SystemTime,
+}
+
+impl LogLevel {
+    /// As the file says, from now on.
+    pub fn configured(level: &str) -> LogLevel {
+        LogLevel { level: level.to_owned(), by: "configuration".to_owned(), since: SystemTime::now() }
+    }
+}
+
 /// The control thread's state.
 pub struct State {
     /// The configuration file.
@@ -97,6 +118,14 @@ pub struct State {
     pub closing: Vec<(SocketKey, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
+    /// Upstreams that seem to reject their header.
+    pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
+    /// What is logged.
+    pub log_level: LogLevel,
+    /// What was measured, by time.
+    pub history: History,
+    /// Emptied, for the workers to fill.
+    pub spare: Vec<Measured>,
     /// Workers that did not answer in time.
     pub unresponsive: u64,
     /// Lines to stdout.
@@ -134,9 +163,17 @@ impl State {
         upstream_keys(&self.config)
     }
 
+    /// Ends an interval of the history.
+    pub async fn sample(&mut self) {
+        self.collect().await;
+        let (pools, open) = (self.config.pools.keys().cloned(), self.open.count());
+        self.history.sample(&self.inputs, pools, open, Instant::now());
+    }
+
     /// Remembers a report, newest first.
     pub fn remember(&mut self, report: Arc<ReloadReport>) {
         self.reloads[report.outcome as usize] += 1;
+        self.history.reloaded(Duration::from_secs_f64(report.duration_ms / 1000.0));
         self.reports.push_front(report);
         self.reports.truncate(REPORTS_MAX);
     }
@@ -339,6 +376,14 @@ impl State {
         Ok(SetAdminReply { upstreams })
     }
 
+    /// Logs at this level until a reload changes it.
+    pub fn set_log_level(&mut self, level: &str, by: &str) -> Result<(), String> {
+        self.log.set_level(level).map_err(|error| error.to_string())?;
+        tracing::info!(event = "log", level, by, "the level stays until a reload changes log.level, or a restart");
+        self.log_level = LogLevel { level: level.to_owned(), by: by.to_owned(), since: SystemTime::now() };
+        Ok(())
+    }
+
     fn named(&self, order: &SetAdmin) -> Result<Vec<UpstreamKey>, SetAdminError> {
         if !self.config.pools.contains_key(&order.pool) {
             let known: Vec<&str> = self.config.pools.keys().map(String::as_str).collect();
@@ -366,22 +411,29 @@ impl State {
         }
     }
 
-    /// Has the workers add up what they carried; how many answered in time.
+    /// Has the workers add up what they carried and hand over what they measured; how many answered in time.
     pub async fn collect(&mut self) -> usize {
         let mut answers = Vec::new();
         for worker in &self.workers {
             let (sender, receiver) = oneshot::channel();
-            worker.send(Message::Collect(sender)).await;
+            worker.send(Message::Collect(self.spare.pop().unwrap_or_default(), sender)).await;
             answers.push(receiver);
         }
         let deadline = tokio::time::Instant::now() + COLLECT_TIMEOUT;
         let mut answered = 0;
-        for answer in answers {
+        for (worker, answer) in answers.into_iter().enumerate() {
             match tokio::time::timeout_at(deadline, answer).await {
-                Ok(Ok(())) => answered += 1,
+                Ok(Ok(mut measured)) => {
+                    answered += 1;
+                    self.history.add(worker, &measured, &self.inputs);
+                    measured.clear();
+                    self.spare.push(measured);
+                }
                 _ => self.unresponsive += 1,
             }
         }
+        self.history.add_checks(&self.checkers);
+        self.look_at_rejections();
         answered
     }
 

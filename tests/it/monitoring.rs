@@ -24,7 +24,9 @@ fn scraped() -> (Balancer, Receiver) {
     let receiver = Receiver::with_header(say_who);
     let config = format!(
         "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"p\"\n[pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n\
-         [pools.p.health_check]\n",
+         [pools.p.health_check]\n\
+         [listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"d\"\n\
+         [pools.d]\nupstreams = [\"127.0.0.1:9\"]\n",
         receiver.address
     );
     let lb = preface(&config);
@@ -141,12 +143,19 @@ fn families(metrics: &str) -> Families {
         } else if !line.starts_with('#') {
             let selector = line.rsplit_once(' ').expect("a sample").0;
             let (name, matchers) = selectors(selector).remove(0);
+            let name = family_of(&name, |family| families.contains_key(family));
             for (label, value) in matchers {
                 families.get_mut(&name).expect("a TYPE line").entry(label).or_default().insert(value);
             }
         }
     }
     families
+}
+
+/// The samples of a histogram have names of their own.
+fn family_of(sample: &str, is_family: impl Fn(&str) -> bool) -> String {
+    let stems = ["_bucket", "_sum", "_count"].iter().filter_map(|suffix| sample.strip_suffix(suffix));
+    stems.into_iter().find(|stem| is_family(stem)).unwrap_or(sample).to_owned()
 }
 
 /// Metrics of ours in an expression, each with its label matchers.
@@ -178,17 +187,21 @@ fn every_metric_and_label_exists() {
     let (lb, _receiver) = scraped();
     let mut families = families(&lb.metrics());
     // In a scrape stand only the ends that there were.
-    let ended = families.get_mut("preface_connections_ended_total").expect("a family");
-    for end in Termination::ALL {
-        let words = [("who", end.who().as_str()), ("phase", end.phase().as_str()), ("why", end.why())];
-        for (label, word) in words {
-            ended.entry(label.to_owned()).or_default().insert(word.to_owned());
+    for family in ["preface_connections_ended_total", "preface_sessions_ended_total"] {
+        let ended = families.get_mut(family).expect("a family");
+        ended.entry("listener".to_owned()).or_default();
+        for end in Termination::ALL {
+            let words = [("who", end.who().as_str()), ("phase", end.phase().as_str()), ("why", end.why())];
+            for (label, word) in words {
+                ended.entry(label.to_owned()).or_default().insert(word.to_owned());
+            }
         }
     }
     let mut texts = dashboard_expressions();
     texts.extend([read("alerts.yaml"), read("alerts-test.yaml")]);
     let mut used = BTreeSet::new();
     for (name, matchers) in texts.iter().flat_map(|text| selectors(text)) {
+        let name = family_of(&name, |family| families.contains_key(family));
         let labels = families.get(&name).unwrap_or_else(|| panic!("/metrics has no {name}"));
         for (label, values) in matchers.iter().filter(|(label, _)| label != "job" && label != "instance") {
             let known = labels.get(label).unwrap_or_else(|| panic!("{name} has no label {label}"));
