@@ -1,5 +1,6 @@
 //! The life of one TCP connection: pick, connect, introduce, relay.
 
+pub mod measured;
 mod record;
 
 use std::cell::{Cell, RefCell};
@@ -24,6 +25,7 @@ use crate::relay::{self, Buffers, Early, Observer, Scratch};
 use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
+use measured::Measured;
 use record::{Entry, Registry};
 
 pub use record::Record;
@@ -43,6 +45,7 @@ pub struct Shared {
     scratch: Scratch,
     header: RefCell<Vec<u8>>,
     registry: RefCell<Registry>,
+    measured: RefCell<Measured>,
     sources: Cell<usize>,
     accepted: Cell<u64>,
     is_ticking: Cell<bool>,
@@ -66,6 +69,7 @@ impl Shared {
             scratch: Buffers::new(pipes_max),
             header: RefCell::default(),
             registry: RefCell::default(),
+            measured: RefCell::default(),
             sources: Cell::new(0),
             accepted: Cell::new(0),
             is_ticking: Cell::new(false),
@@ -115,6 +119,16 @@ impl Shared {
     /// Adds what was carried since the last call to the counters of listeners and upstreams.
     pub fn fold(&self) {
         self.registry.borrow().each(Entry::fold);
+    }
+
+    /// Hands over what was measured, for an empty one.
+    pub fn exchange_measured(&self, emptied: Measured) -> Measured {
+        self.measured.replace(emptied)
+    }
+
+    /// Takes back what nobody waited for.
+    pub fn absorb_measured(&self, measured: &Measured) {
+        self.measured.borrow_mut().absorb(measured);
     }
 
     /// Orders connections to end: those of one upstream, or all.

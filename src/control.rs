@@ -79,6 +79,8 @@ pub enum Command {
     ConnectsFailed(Arc<UpstreamLife>),
     /// The status as JSON.
     Status(oneshot::Sender<serde_json::Value>),
+    /// The last ten minutes as JSON.
+    History(oneshot::Sender<serde_json::Value>),
     /// The configuration in force as JSON.
     Config(oneshot::Sender<serde_json::Value>),
     /// The metrics in the Prometheus text format.
@@ -172,6 +174,11 @@ impl Handle {
     /// `address` and the number of its `open` connections.
     pub async fn status(&self) -> Result<serde_json::Value, Stopped> {
         self.ask(Command::Status).await
+    }
+
+    /// Rates and latencies of the last ten minutes.
+    pub async fn history(&self) -> Result<serde_json::Value, Stopped> {
+        self.ask(Command::History).await
     }
 
     /// The configuration in force.

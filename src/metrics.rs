@@ -1,5 +1,7 @@
 //! The Prometheus text format 0.0.4, of whatever families it is handed; knows no pool.
 
+pub mod latency;
+
 use std::fmt::Write;
 
 /// What `/metrics` answers as its `Content-Type`.

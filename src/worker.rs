@@ -14,6 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::connection::Shared;
+use crate::connection::measured::Measured;
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::{self, Acceptor};
@@ -55,8 +56,8 @@ pub enum Message {
         /// Told when it is so.
         set: oneshot::Sender<()>,
     },
-    /// Add what was carried to the shared counters, and answer: the sign of life.
-    Collect(oneshot::Sender<()>),
+    /// Add what was carried to the shared counters, and exchange what was measured for this empty one: the sign of life.
+    Collect(Measured, oneshot::Sender<Measured>),
     /// End connections with a reset.
     End {
         /// Those of one upstream, or `None`: all.
@@ -168,11 +169,15 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 }
                 let _ = set.send(());
             }
-            Message::Collect(reply) => {
+            Message::Collect(emptied, reply) => {
                 shared.fold();
                 // Counts also when the control thread no longer waits for it.
                 alive();
-                let _ = reply.send(());
+                let mut measured = shared.exchange_measured(emptied);
+                measured.cpu = limits::thread_time();
+                if let Err(measured) = reply.send(measured) {
+                    shared.absorb_measured(&measured);
+                }
             }
             Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),
             Message::Stop(reply) => {

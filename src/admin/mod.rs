@@ -75,6 +75,7 @@ GET  /livez      200 while the control loop and every worker turn
 GET  /readyz     200 while configured, listening and not stopping
 GET  /metrics    Prometheus
 GET  /status     listeners, pools, upstreams, the last reload (JSON)
+GET  /history    rates and latencies of the last ten minutes (JSON)
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
@@ -177,6 +178,7 @@ fn router(state: State, events: Events, reach: Reach) -> Router {
         Scope::All => {
             let reads = metrics
                 .route("/status", get(status))
+                .route("/history", get(history))
                 .route("/events", get(follow))
                 .route("/config", get(config))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
@@ -243,6 +245,12 @@ async fn follow(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
 
 async fn status(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
     Ok(pretty(StatusCode::OK, &answer(server.state.control.status()).await?))
+}
+
+async fn history(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let value = answer(server.state.control.history()).await?;
+    // Not for people: ten minutes of columns, without a line for each number.
+    Ok(([(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response())
 }
 
 async fn config(Shared(server): Shared<Server>) -> Result<Response, Refusal> {

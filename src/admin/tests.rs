@@ -86,6 +86,9 @@ fn played_control() -> Handle {
                 Command::Status(reply) => {
                     let _ = reply.send(json!({ "pools": {} }));
                 }
+                Command::History(reply) => {
+                    let _ = reply.send(json!({ "interval_s": 5, "times": [] }));
+                }
                 Command::Config(reply) => {
                     let _ = reply.send(json!({ "runtime": { "workers": 2 } }));
                 }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use ulid::Ulid;
 
 use super::Shared;
+use super::measured::Times;
 use crate::config::LogConnections;
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
@@ -218,6 +219,8 @@ impl Record {
     fn finish(&mut self, termination: Termination) {
         self.ended = true;
         let listener = &self.entry.listener;
+        let duration = self.entry.started.elapsed();
+        self.measure(duration);
         self.entry.fold();
         self.shared.registry.borrow_mut().remove(self.index);
         listener.ended(termination);
@@ -231,12 +234,22 @@ impl Record {
             _ => true,
         });
         if wanted {
-            self.log(termination);
+            self.log(termination, duration);
         }
         self.open = None;
     }
 
-    fn log(&self, termination: Termination) {
+    /// Once a connection, in memory of this worker alone.
+    fn measure(&self, duration: Duration) {
+        if let (Some(connect), Some(pool)) = (self.connect, &self.pool)
+            && let Some(life) = &*self.entry.upstream.borrow()
+        {
+            let times = Times { connect, first_byte: self.entry.first_byte.get(), duration };
+            self.shared.measured.borrow_mut().record(pool, life, times);
+        }
+    }
+
+    fn log(&self, termination: Termination, duration: Duration) {
         let mut id = [0; ulid::ULID_LEN];
         let line = ConnectionLine {
             time: SystemTime::now(),
@@ -251,7 +264,7 @@ impl Record {
             bytes_out: self.entry.bytes_out.get(),
             connect: self.connect,
             first_byte: self.entry.first_byte.get(),
-            duration: self.entry.started.elapsed(),
+            duration,
             attempts: self.attempts,
             end: termination,
         };

@@ -13,6 +13,7 @@ use super::probe::{self, Attempt, Outcome};
 use super::state::{State, Verdict};
 use crate::config::{CheckHeader, HealthCheck};
 use crate::control;
+use crate::metrics::latency::Buckets;
 use crate::pool::{Health, Observation, UpstreamKey};
 use crate::proxy_protocol::Version;
 
@@ -48,6 +49,8 @@ pub struct CheckStats {
     failed: AtomicU64,
     void: AtomicU64,
     last: Mutex<Option<LastCheck>>,
+    /// Since they were last taken.
+    durations: Mutex<Buckets>,
 }
 
 /// The latest check that came to an end.
@@ -164,6 +167,11 @@ impl CheckStats {
         self.last.lock().expect(NO_PANIC).clone()
     }
 
+    /// How long checks took that say something, since the last call.
+    pub fn take_durations(&self) -> Buckets {
+        std::mem::take(&mut *self.durations.lock().expect(NO_PANIC))
+    }
+
     fn record(&self, outcome: &Outcome, duration: Duration) {
         let counter = match outcome.verdict {
             Verdict::Passed => &self.passed,
@@ -171,6 +179,9 @@ impl CheckStats {
             Verdict::Void => &self.void,
         };
         counter.fetch_add(1, Ordering::Relaxed);
+        if outcome.verdict != Verdict::Void {
+            self.durations.lock().expect(NO_PANIC).record(duration);
+        }
         *self.last.lock().expect(NO_PANIC) = Some(LastCheck {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             outcome: outcome.verdict,

@@ -1,9 +1,11 @@
 //! What the machine grants this process: descriptors and processors.
 
 use std::io;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
 
 /// Raises the soft descriptor limit to the hard one and returns what is in force then.
 pub fn raise_descriptor_limit() -> usize {
@@ -51,3 +53,17 @@ const PIPES_MAX: usize = 128;
 
 /// More workers than this bring nothing to one address's accept queue.
 pub const WORKERS_MAX: usize = 16;
+/// Processor time of the calling thread since it started.
+pub fn thread_time() -> Duration {
+    clock(ClockId::ThreadCPUTime)
+}
+
+/// Processor time of the process since it started.
+pub fn process_time() -> Duration {
+    clock(ClockId::ProcessCPUTime)
+}
+
+fn clock(id: ClockId) -> Duration {
+    let time = clock_gettime(id);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}

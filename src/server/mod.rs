@@ -2,6 +2,7 @@
 
 pub mod watch;
 mod exposition;
+mod history;
 mod reload;
 mod state;
 mod status;
@@ -17,7 +18,7 @@ use tokio::runtime::LocalOptions;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{interval, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use crate::admin::{self, Listener, announce};
 use crate::config::error::Style;
@@ -31,11 +32,10 @@ use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
+use history::History;
 use state::State;
 use watch::{ContentHash, Watch};
 
-/// Between signs of life of the workers, and between additions of what they carried.
-const TICK: Duration = Duration::from_secs(3);
 /// Connections that are reset at the end have this long to be counted and logged.
 const LAST_RESETS: Duration = Duration::from_secs(1);
 
@@ -140,6 +140,8 @@ fn start_state(
         joined: HashSet::new(),
         closing: Vec::new(),
         next_slot: 0,
+        history: History::new(count, Instant::now()),
+        spare: Vec::new(),
         unresponsive: 0,
         access: Arc::default(),
         probes,
@@ -210,7 +212,8 @@ async fn run_until_stopped(
     signals: &mut Signals,
 ) {
     let Signals { hangup, terminate, interrupt } = signals;
-    let mut tick = interval(TICK);
+    let mut tick = interval(history::INTERVAL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = Stopping::No;
     let open = Arc::clone(&state.open);
     loop {
@@ -255,9 +258,8 @@ async fn run_until_stopped(
             },
             () = open.empty(), if matches!(stopping, Stopping::Draining(_)) => return,
             () = at(state.next_deadline()) => state.fire(Instant::now()).await,
-            _ = tick.tick() => {
-                state.collect().await;
-            }
+            // Also the signs of life of the workers.
+            _ = tick.tick() => state.sample().await,
         }
     }
 }
@@ -308,6 +310,9 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
         Command::Status(reply) => {
             state.collect().await;
             let _ = reply.send(state.status());
+        }
+        Command::History(reply) => {
+            let _ = reply.send(state.history.value());
         }
         Command::Config(reply) => {
             let _ = reply.send(state.config_in_force());

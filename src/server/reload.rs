@@ -181,6 +181,7 @@ impl State {
         let renamed = renamed_pools(old, &self.config);
         let old_keys: BTreeSet<UpstreamKey> = upstream_keys(old).into_iter().collect();
         let new_keys: BTreeSet<UpstreamKey> = upstream_keys(&self.config).into_iter().collect();
+        self.history.rename(&renamed);
         let mut inherited = HashSet::new();
         for (new_name, old_name) in &renamed {
             for key in new_keys.iter().filter(|key| key.pool == *new_name) {

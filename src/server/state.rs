@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::admin::guard::Access;
 use crate::config::{Config, OnUnhealthy, Version};
+use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
 use crate::drain::OpenConnections;
@@ -19,6 +20,7 @@ use crate::health::{Checker, Target};
 use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
+use crate::server::history::History;
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -97,6 +99,10 @@ pub struct State {
     pub closing: Vec<(SocketAddr, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
+    /// What was measured, by time.
+    pub history: History,
+    /// Emptied, for the workers to fill.
+    pub spare: Vec<Measured>,
     /// Workers that did not answer in time.
     pub unresponsive: u64,
     /// Lines to stdout.
@@ -134,9 +140,17 @@ impl State {
         upstream_keys(&self.config)
     }
 
+    /// Ends an interval of the history.
+    pub async fn sample(&mut self) {
+        self.collect().await;
+        let (pools, open) = (self.config.pools.keys().cloned(), self.open.count());
+        self.history.sample(&self.inputs, pools, open, Instant::now());
+    }
+
     /// Remembers a report, newest first.
     pub fn remember(&mut self, report: Arc<ReloadReport>) {
         self.reloads[report.outcome as usize] += 1;
+        self.history.reloaded(Duration::from_secs_f64(report.duration_ms / 1000.0));
         self.reports.push_front(report);
         self.reports.truncate(REPORTS_MAX);
     }
@@ -366,22 +380,28 @@ impl State {
         }
     }
 
-    /// Has the workers add up what they carried; how many answered in time.
+    /// Has the workers add up what they carried and hand over what they measured; how many answered in time.
     pub async fn collect(&mut self) -> usize {
         let mut answers = Vec::new();
         for worker in &self.workers {
             let (sender, receiver) = oneshot::channel();
-            worker.send(Message::Collect(sender)).await;
+            worker.send(Message::Collect(self.spare.pop().unwrap_or_default(), sender)).await;
             answers.push(receiver);
         }
         let deadline = tokio::time::Instant::now() + COLLECT_TIMEOUT;
         let mut answered = 0;
-        for answer in answers {
+        for (worker, answer) in answers.into_iter().enumerate() {
             match tokio::time::timeout_at(deadline, answer).await {
-                Ok(Ok(())) => answered += 1,
+                Ok(Ok(mut measured)) => {
+                    answered += 1;
+                    self.history.add(worker, &measured, &self.inputs);
+                    measured.clear();
+                    self.spare.push(measured);
+                }
                 _ => self.unresponsive += 1,
             }
         }
+        self.history.add_checks(&self.checkers);
         answered
     }
 

@@ -1,4 +1,39 @@
 //! The status as JSON: everything an operator asks for, and the configuration in force.
+//!
+//! `GET /status`, shortened; `RATES` are those of the last five seconds, `LATENCY` is below.
+//!
+//! ```text
+//! { version, pid, started, time, config, state: "running" | "stopping", workers: N,
+//!   connections: { open, max }, rates: RATES, ends: ENDS,
+//!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
+//!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
+//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N } } },
+//!   pools: { NAME: { usable, open, rates: RATES, latency: LATENCY, upstreams: [
+//!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
+//!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
+//!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ] } },
+//!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
+//!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
+//!   warnings: [], log_lines_dropped: N, snapshot: N }
+//!
+//! RATES        { connections_per_s, failures_per_s, bytes_in_per_s, bytes_out_per_s }
+//!              failures: of a listener ends that aren't regular, of a pool or upstream failed connects
+//! LATENCY      { connect_ms, first_byte_ms, duration_ms, health_check_ms: { last_minute: PERCENTILES, since_start: PERCENTILES } }
+//! PERCENTILES  { count, p50, p90, p99, p999, max } in milliseconds, or null where nothing was measured.
+//!              A pool's are exact to 1 %, those of upstreams, checks and reloads are estimated from buckets
+//! ENDS         { total: { "who.phase.why": N }, last_10m: { "who.phase.why": N } }
+//! ```
+//!
+//! `GET /history`: the last ten minutes in columns, the newest last, a column as long as `times`. null: it did not
+//! exist yet, or (in latencies) nothing was measured in that interval.
+//!
+//! ```text
+//! { interval_s: 5, times: [ "2026-...Z" ],
+//!   process: SERIES, listeners: { NAME: SERIES }, pools: { NAME: SERIES + LATENCIES + { upstreams: { ADDRESS: SERIES + LATENCIES } } } }
+//!
+//! SERIES     { open: [], connections_per_s: [], failures_per_s: [], bytes_in_per_s: [], bytes_out_per_s: [] }
+//! LATENCIES  { connect_ms, first_byte_ms, duration_ms, health_check_ms: { p50: [], p99: [], max: [] } }
+//! ```
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,6 +43,7 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 
+use crate::net::limits;
 use crate::pool::{Pool, Upstream, UpstreamKey};
 use crate::server::state::State;
 use crate::snapshot::ListenerLife;
@@ -27,6 +63,8 @@ impl State {
             let binds: Vec<String> = listener.binds.iter().map(|bind| bind.address.to_string()).collect();
             let Some(life) = self.inputs.listener_lives.get(&listener.name) else { continue };
             let mut value = listener_value(life);
+            value["rates"] = self.history.listener_rates(&listener.name);
+            value["ends_10m"] = ends(&self.history.recent_ends(Some(&listener.name)));
             value["bind"] = json!(binds);
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
@@ -43,21 +81,31 @@ impl State {
             .map(|(name, upstreams)| {
                 let usable = snapshot.pools.values().filter(|pool| *pool.name == *name).all(|pool| pool.is_usable());
                 let upstreams: Vec<Value> = upstreams.into_values().collect();
-                (name, json!({ "usable": usable, "upstreams": upstreams }))
+                let open: u64 = upstreams.iter().filter_map(|upstream| upstream["open"].as_u64()).sum();
+                let (rates, latency) = (self.history.pool_rates(&name), self.history.pool_latency(&name));
+                let value = json!({
+                    "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
+                });
+                (name, value)
             })
             .collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
             "started": time(self.started),
+            "time": time(SystemTime::now()),
             "config": self.path.display().to_string(),
             "state": if self.stopping { "stopping" } else { "running" },
             "workers": self.workers.len(),
             "connections": { "open": self.open.count(), "max": self.inputs.connections_max },
+            "rates": self.history.process_rates(),
+            "ends": { "total": ends(&self.ends_total()), "last_10m": ends(&self.history.recent_ends(None)) },
+            "process": self.process_value(),
             "snapshot": snapshot.generation,
             "listeners": listeners,
             "pools": pools,
             "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
+            "reload_ms": self.history.reload_latency(),
             "warnings": self.warnings,
             "log_lines_dropped": self.log.dropped(),
         })
@@ -86,6 +134,8 @@ impl State {
             "connect_failures": counters.connect_failures.load(Relaxed),
             "bytes_in": counters.bytes_in.load(Relaxed),
             "bytes_out": counters.bytes_out.load(Relaxed),
+            "rates": self.history.upstream_rates(&key),
+            "latency": self.history.upstream_latency(&key),
         });
         if let Some(checker) = self.checkers.get(&key) {
             let stats = checker.stats();
@@ -96,26 +146,68 @@ impl State {
         value
     }
 
+    fn process_value(&self) -> Value {
+        let Usage { memory_bytes, descriptors } = Usage::now();
+        let workers = self.history.workers();
+        let workers: Vec<Value> = workers
+            .map(|(cpu, busy)| json!({ "cpu_seconds": cpu.as_secs_f64(), "busy": (busy * 1000.0).round() / 1000.0 }))
+            .collect();
+        json!({
+            "memory_bytes": memory_bytes,
+            "descriptors": descriptors,
+            "descriptors_max": self.descriptors,
+            "cpu_seconds": limits::process_time().as_secs_f64(),
+            "workers": workers,
+        })
+    }
+
+    fn ends_total(&self) -> [u64; Termination::ALL.len()] {
+        let mut sums = [0; Termination::ALL.len()];
+        for life in self.inputs.listener_lives.values() {
+            sums.iter_mut().zip(&life.ends).for_each(|(sum, count)| *sum += count.load(Relaxed));
+        }
+        sums
+    }
+
     /// The file in force as written, and where it is.
     pub fn config_in_force(&self) -> Value {
         json!({ "file": self.path.display().to_string(), "toml": self.text })
     }
 }
 
-fn listener_value(life: &ListenerLife) -> Value {
-    let mut ends = Map::new();
-    for termination in Termination::ALL {
-        let count = life.ends[*termination as usize].load(Relaxed);
-        if count > 0 {
-            ends.insert(termination.to_string(), json!(count));
+/// What the process takes of the machine.
+pub struct Usage {
+    /// Resident.
+    pub memory_bytes: u64,
+    /// Open.
+    pub descriptors: u64,
+}
+
+impl Usage {
+    /// As the kernel counts it; zero where /proc is hidden.
+    pub fn now() -> Usage {
+        let pages = |text: String| text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
+        let memory = std::fs::read_to_string("/proc/self/statm").ok().and_then(pages);
+        Usage {
+            memory_bytes: memory.unwrap_or_default() * rustix::param::page_size() as u64,
+            descriptors: std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64),
         }
     }
+}
+
+/// By cause; those that there were.
+fn ends(counts: &[u64; Termination::ALL.len()]) -> Value {
+    let seen = Termination::ALL.iter().zip(counts).filter(|(_, count)| **count > 0);
+    seen.map(|(termination, count)| (termination.to_string(), json!(count))).collect()
+}
+
+fn listener_value(life: &ListenerLife) -> Value {
     json!({
         "open": life.open.load(Relaxed),
         "accepted": life.accepted.load(Relaxed),
         "bytes_in": life.bytes_in.load(Relaxed),
         "bytes_out": life.bytes_out.load(Relaxed),
         "headers": { "v1": life.headers[0].load(Relaxed), "v2": life.headers[1].load(Relaxed) },
-        "ends": ends,
+        "ends": ends(&life.ends.each_ref().map(|count| count.load(Relaxed))),
     })
 }

@@ -23,6 +23,7 @@ mod readme;
 mod receivers;
 mod reload;
 mod requested;
+mod see;
 mod stopping;
 mod syscalls;
 mod tidy;
