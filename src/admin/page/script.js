@@ -6,6 +6,7 @@
   const UPSTREAMS_MAX = 200;       // rows of a pool; the ones in trouble come first
   const STALE_MS = 5000;
   const TAP_EVERY_MS = 3000;
+  const TAP_ROWS = 25;
   const REGULAR = new Set(["client.relay.closed", "upstream.relay.closed", "client.relay.reset"]);
 
   const byId = (id) => document.getElementById(id);
@@ -324,8 +325,8 @@
       }
       if (out.length > 5) tell("warn", "Pool " + pool.name, (out.length - 5) + " more are draining or disabled");
       for (const { address, value } of upstreams) {
-        const rejected = number(value.header_rejected);
-        if (rejected) tell("warn", pool.name + " " + address, "refused the header " + count(rejected) + " times: does it expect one? preface doctor " + address + " tells");
+        const rejected = value.header_rejected;
+        if (rejected) tell("bad", pool.name + " " + address, "refuses the header " + since(rejected.since, now) + ": " + [rejected.reason, rejected.change].filter(Boolean).map(words).join("; "));
       }
     }
     const last = list(status.reloads)[0];
@@ -428,10 +429,11 @@
 
   function upstreamRow() {
     const node = row(UPSTREAM);
-    const { address, state, plot: cell, orders } = node.cells_;
+    const { address, state, plot: cell, bytes, orders } = node.cells_;
     address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
     state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
     cell.append((node.plot_ = plot()));
+    bytes.append((node.in_ = make("span", "line")), (node.out_ = make("span", "line")));
     for (const order of ["drain", "disable", "enable"]) {
       const button = make("button", "", order[0].toUpperCase() + order.slice(1));
       button.type = "button";
@@ -467,7 +469,8 @@
     say(node.ordered_, value.admin_since ? words(value.admin) + " " + since(value.admin_since, model.now) + by : "");
     say(cells.open, count(number(value.open)));
     say(cells.rate, perSecond(upstream.rate));
-    say(cells.bytes, bytesPerSecond(upstream.in) + " / " + bytesPerSecond(upstream.out));
+    say(node.in_, bytesPerSecond(upstream.in));
+    say(node.out_, bytesPerSecond(upstream.out));
     say(cells.connect, percentiles(value, "connect"));
     say(cells.first, percentiles(value, "first_byte"));
     const failures = number(value.connect_failures);
@@ -576,6 +579,105 @@
       const ago = length(model.now - Date.parse(reload.time) / 1000);
       say(node.when_, clock(reload.time, model.now) + ", " + ago + " ago, by " + words(reload.trigger));
     });
+  }
+
+  // ---- Recent connections, and the header of each
+
+  const TAP = [
+    { key: "accepted", name: "accepted", className: "address" },
+    { key: "client", name: "client" },
+    { key: "listener", name: "listener" },
+    { key: "upstream", name: "upstream" },
+    { key: "header", name: "header sent" },
+    { key: "bytes", name: "in / out", number: true },
+    { key: "first", name: "first byte", number: true },
+    { key: "end", name: "end" },
+  ];
+  let opened = null;               // the connection whose header is shown; meanwhile the list stays as it is
+
+  function showTap(connections) {
+    const parent = byId("tap");
+    parent.hidden = false;
+    if (!parent.card_) {
+      parent.card_ = card(parent, "Recent connections");
+      parent.card_.append((parent.table_ = table(TAP)), (parent.none_ = make("p", "quiet", "none yet")));
+    }
+    parent.none_.hidden = connections.length > 0;
+    say(parent.card_.about_, opened ? "the list stays as it is while a header is open" : "the newest first; a header opens field by field");
+    const newestFirst = connections.slice().sort((one, other) => (words(one.id) < words(other.id) ? 1 : -1)).slice(0, TAP_ROWS);
+    const items = [];
+    for (const connection of newestFirst) {
+      items.push({ key: words(connection.id), connection });
+      if (opened === words(connection.id)) items.push({ key: "detail " + connection.id, connection, detail: true });
+    }
+    keep(parent.table_.rows_, items, (item) => item.key, (item) => (item.detail ? tapDetail(item.connection) : tapRow()), (node, { connection, detail }) => {
+      if (detail) return;
+      const cells = node.cells_;
+      const now = newest ? newest.now : Date.now() / 1000;
+      node.connection_ = connection;
+      dress(node, opened === words(connection.id) ? "open" : "");
+      say(cells.accepted, clock(connection.accepted, now));
+      say(cells.client, words(connection.client));
+      say(cells.listener, words(connection.listener));
+      say(cells.upstream, [connection.pool, connection.upstream].filter(Boolean).map(words).join(" "));
+      const header = connection.header;
+      say(node.button_, header ? words(header.version) + ", " + count(number(header.bytes)) + " bytes" : "none");
+      node.button_.disabled = !header;
+      node.button_.setAttribute("aria-expanded", String(opened === words(connection.id)));
+      say(cells.bytes, bytes(number(connection.bytes_in)) + " / " + bytes(number(connection.bytes_out)));
+      say(cells.first, milliseconds(number(connection.first_byte_ms)));
+      say(cells.end, words(connection.end) || "open for " + length((connection.age_ms || 0) / 1000));
+      cells.end.classList.toggle("count-bad", Boolean(connection.end) && !REGULAR.has(connection.end));
+    });
+    parent.connections_ = connections;
+  }
+
+  function tapRow() {
+    const node = row(TAP);
+    node.cells_.header.append((node.button_ = make("button", "row-button")));
+    node.button_.type = "button";
+    node.button_.addEventListener("click", () => {
+      const id = words(node.connection_.id);
+      opened = opened === id ? null : id;
+      showTap(byId("tap").connections_);
+    });
+    return node;
+  }
+
+  function tapDetail({ header, id }) {
+    const node = make("tr");
+    const cell = make("td", "detail");
+    cell.colSpan = TAP.length;
+    const facts = make("dl");
+    const tell = (name, value) => facts.append(make("dt", "", words(name)), make("dd", "", words(value)));
+    tell("connection", id);
+    list(header.facts).forEach((fact) => tell(fact.name, fact.value));
+    const fields = table([{ name: "at" }, { name: "bytes" }, { name: "field" }]);
+    for (const field of list(header.fields)) {
+      const line = make("tr");
+      for (const [name, text, className] of [["at", words(field.at), "mono"], ["bytes", words(field.hex), "mono"], ["field", words(field.meaning), ""]]) {
+        const part = make("td", className, text);
+        part.dataset.label = name;
+        line.append(part);
+      }
+      fields.rows_.append(line);
+    }
+    cell.append(facts, fields, make("pre", "quiet", "preface decode " + words(header.hex)));
+    node.append(cell);
+    return node;
+  }
+
+  async function lookAtTap() {
+    for (;;) {
+      if (heard && !paused && !opened && !document.hidden) {
+        try {
+          const response = await call("GET", "/tap?limit=" + TAP_ROWS);
+          if (response.status === 404) return;
+          if (response.ok && !opened) showTap(list((await response.json()).connections));
+        } catch { /* the line at the top says that nothing answers */ }
+      }
+      await new Promise((resolve) => setTimeout(resolve, heard ? TAP_EVERY_MS : 300));
+    }
   }
 
   function show() {
@@ -736,4 +838,5 @@
   });
   setInterval(showLive, 1000);
   followForEver();
+  lookAtTap();
 })();
