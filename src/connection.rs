@@ -2,6 +2,7 @@
 
 pub mod measured;
 mod record;
+mod tap;
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -13,9 +14,11 @@ use std::task::Poll;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::control;
+use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
 use crate::log;
 use crate::net::{self, Stream};
@@ -27,6 +30,7 @@ use crate::termination::Termination;
 
 use measured::Measured;
 use record::{Entry, Registry};
+use tap::Tap;
 
 pub use record::Record;
 
@@ -46,6 +50,7 @@ pub struct Shared {
     header: RefCell<Vec<u8>>,
     registry: RefCell<Registry>,
     measured: RefCell<Measured>,
+    tap: RefCell<Tap>,
     sources: Cell<usize>,
     accepted: Cell<u64>,
     is_ticking: Cell<bool>,
@@ -70,6 +75,7 @@ impl Shared {
             header: RefCell::default(),
             registry: RefCell::default(),
             measured: RefCell::default(),
+            tap: RefCell::default(),
             sources: Cell::new(0),
             accepted: Cell::new(0),
             is_ticking: Cell::new(false),
@@ -129,6 +135,26 @@ impl Shared {
     /// Takes back what nobody waited for.
     pub fn absorb_measured(&self, measured: &Measured) {
         self.measured.borrow_mut().absorb(measured);
+    }
+
+    /// Open connections, and how many there are.
+    pub fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
+        self.registry.borrow().view(filter)
+    }
+
+    /// The last connections with their headers, the newest first.
+    pub fn last_tapped(&self, filter: &Filter) -> Vec<Tapped> {
+        self.tap.borrow().last(filter)
+    }
+
+    /// Sends each connection that reaches an upstream from now on.
+    pub fn follow(&self, filter: Filter, sender: mpsc::Sender<Tapped>) {
+        self.tap.borrow_mut().follow(filter, sender);
+    }
+
+    /// Orders the connection of this id to end; is it there?
+    pub fn end_one(&self, id: &str) -> bool {
+        self.registry.borrow().end_one(id)
     }
 
     /// Orders connections to end: those of one upstream, or all.
@@ -212,8 +238,9 @@ async fn reach(
                 let idle_timeout = listener.config.idle_timeout;
                 return Ok(Reached { upstream, _lease: picked.lease, early, idle_timeout });
             }
-            Err(Termination::StopTimeout) => return Err(Termination::StopTimeout),
+            Err(termination @ (Termination::StopTimeout | Termination::Ended)) => return Err(termination),
             Err(termination) => {
+                record.attempt_failed(termination);
                 let life = Arc::clone(picked.lease.life());
                 // An order is about this upstream: it is not tried again, but another one may have the connection.
                 if record.entry.ordered.take().is_some() {
@@ -362,7 +389,7 @@ async fn introduce(
         let bytes = &mut *shared.header.borrow_mut();
         bytes.clear();
         let mut id = [0; ulid::ULID_LEN];
-        plan.encode(record.client, record.local, record.id(&mut id), bytes).map_err(io::Error::other)?;
+        plan.encode(record.client(), record.local(), record.id(&mut id), bytes).map_err(io::Error::other)?;
         let header = bytes.len();
         if early.pending.is_empty() && !early.client_eof && !early.client_reset {
             let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -389,6 +416,7 @@ async fn introduce(
         }
         if outcome.is_ok() {
             record.entry.to_upstream(written.saturating_sub(header));
+            shared.tap.borrow_mut().push(&record.entry, &bytes[..header]);
         }
         if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
             *bytes = Vec::new();

@@ -1,6 +1,7 @@
 //! All that may be asked of the control thread: the messages, their answers, and the handle that carries them.
 
 pub mod probes;
+pub mod view;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,9 +10,13 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::pool::{AdminState, Observation, UpstreamLife};
+use view::{Filter, Tapped};
 
 /// Requests under way to the control thread; a sender waits when it is full.
 pub const COMMANDS_MAX: usize = 256;
+
+/// Connections that wait for a reader of `follow`; it misses those beyond.
+const FOLLOWED_MAX: usize = 256;
 
 /// Who asked for a reload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +88,16 @@ pub enum Command {
     History(oneshot::Sender<serde_json::Value>),
     /// The configuration in force as JSON.
     Config(oneshot::Sender<serde_json::Value>),
+    /// Open connections, the oldest first, and how many there are.
+    Connections(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
+    /// The last connections with the headers that their upstreams got, the newest first.
+    Tap(Filter, oneshot::Sender<Vec<Tapped>>),
+    /// Send each connection that reaches an upstream from now on.
+    Follow(Filter, mpsc::Sender<Tapped>),
+    /// Reset the connection of this id, by order of ...; was it there?
+    EndConnection(String, String, oneshot::Sender<bool>),
+    /// Log at this level, by order of ..., until a reload changes it.
+    SetLogLevel(String, String, oneshot::Sender<Result<(), String>>),
     /// The metrics in the Prometheus text format.
     Metrics(oneshot::Sender<String>),
 }
@@ -179,6 +194,33 @@ impl Handle {
     /// Rates and latencies of the last ten minutes.
     pub async fn history(&self) -> Result<serde_json::Value, Stopped> {
         self.ask(Command::History).await
+    }
+
+    /// Open connections, the oldest first, and how many there are.
+    pub async fn connections(&self, filter: Filter) -> Result<(Vec<view::Connection>, usize), Stopped> {
+        self.ask(|reply| Command::Connections(filter, reply)).await
+    }
+
+    /// The last connections with the headers that their upstreams got, the newest first.
+    pub async fn tap(&self, filter: Filter) -> Result<Vec<Tapped>, Stopped> {
+        self.ask(|reply| Command::Tap(filter, reply)).await
+    }
+
+    /// Receive each connection that reaches an upstream from now on.
+    pub async fn follow(&self, filter: Filter) -> Result<mpsc::Receiver<Tapped>, Stopped> {
+        let (sender, receiver) = mpsc::channel(FOLLOWED_MAX);
+        self.sender.send(Command::Follow(filter, sender)).await.map_err(|_| Stopped)?;
+        Ok(receiver)
+    }
+
+    /// Reset one connection; was it there?
+    pub async fn end_connection(&self, id: String, by: String) -> Result<bool, Stopped> {
+        self.ask(|reply| Command::EndConnection(id, by, reply)).await
+    }
+
+    /// Log at this level until a reload changes it.
+    pub async fn set_log_level(&self, level: String, by: String) -> Result<Result<(), String>, Stopped> {
+        self.ask(|reply| Command::SetLogLevel(level, by, reply)).await
     }
 
     /// The configuration in force.

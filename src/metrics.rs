@@ -3,6 +3,9 @@
 pub mod latency;
 
 use std::fmt::Write;
+use std::ops::Range;
+
+use latency::Buckets;
 
 /// What `/metrics` answers as its `Content-Type`.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -48,6 +51,12 @@ impl Families {
         self.family(name, help, "gauge")
     }
 
+    /// A family of distributions; its name ends with their unit, `_seconds`.
+    pub fn histogram<'a>(&'a mut self, name: &'a str, help: &str) -> Family<'a> {
+        debug_assert!(name.ends_with("_seconds"), "the histogram {name} does not end with its unit");
+        self.family(name, help, "histogram")
+    }
+
     fn family<'a>(&'a mut self, name: &'a str, help: &str, kind: &str) -> Family<'a> {
         debug_assert!(is_name(name), "{name:?} cannot name a metric");
         debug_assert!(!self.text.contains(&format!("# TYPE {name} ")), "the family {name} is written twice");
@@ -72,7 +81,27 @@ impl Families {
 impl Family<'_> {
     /// One sample. No two of a family have the same labels.
     pub fn sample(&mut self, labels: &[(&str, &str)], value: impl Into<Value>) -> &mut Self {
+        self.write("", labels, value.into());
+        self
+    }
+
+    /// One distribution, with these of its buckets.
+    pub fn distribution(&mut self, labels: &[(&str, &str)], buckets: &Buckets, shown: Range<usize>) -> &mut Self {
+        let count = buckets.count();
+        let finite = buckets.cumulative(shown);
+        for (bound, below) in finite.chain([(f64::INFINITY, count)]) {
+            let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
+            let labels: Vec<(&str, &str)> = labels.iter().copied().chain([("le", bound.as_str())]).collect();
+            self.write("_bucket", &labels, below.into());
+        }
+        self.write("_sum", labels, buckets.sum_seconds().into());
+        self.write("_count", labels, count.into());
+        self
+    }
+
+    fn write(&mut self, suffix: &str, labels: &[(&str, &str)], value: Value) {
         self.text.push_str(self.name);
+        self.text.push_str(suffix);
         for (index, (label, label_value)) in labels.iter().enumerate() {
             debug_assert!(is_name(label) && !label.contains(':'), "{label:?} cannot name a label");
             self.text.push(if index == 0 { '{' } else { ',' });
@@ -82,9 +111,8 @@ impl Family<'_> {
             self.text.push('"');
         }
         self.text.push_str(if labels.is_empty() { " " } else { "} " });
-        push_value(self.text, value.into());
+        push_value(self.text, value);
         self.text.push('\n');
-        self
     }
 }
 
@@ -178,6 +206,27 @@ mod tests {
         preface_reload_seconds{of="none"} NaN
         # HELP preface_upstreams None yet.
         # TYPE preface_upstreams gauge
+        "#);
+    }
+
+    #[test]
+    fn writes_a_distribution_as_cumulative_buckets() {
+        let mut buckets = Buckets::default();
+        for milliseconds in [1, 2, 2, 7000] {
+            buckets.record(std::time::Duration::from_millis(milliseconds));
+        }
+        let mut families = Families::new();
+        families.histogram("preface_x_seconds", "Waits.").distribution(&[("pool", "p")], &buckets, 2..6);
+        insta::assert_snapshot!(families.into_text(), @r#"
+        # HELP preface_x_seconds Waits.
+        # TYPE preface_x_seconds histogram
+        preface_x_seconds_bucket{pool="p",le="0.0005"} 0
+        preface_x_seconds_bucket{pool="p",le="0.001"} 1
+        preface_x_seconds_bucket{pool="p",le="0.0025"} 3
+        preface_x_seconds_bucket{pool="p",le="0.005"} 3
+        preface_x_seconds_bucket{pool="p",le="+Inf"} 4
+        preface_x_seconds_sum{pool="p"} 7.005
+        preface_x_seconds_count{pool="p"} 4
         "#);
     }
 

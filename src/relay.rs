@@ -15,6 +15,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use crate::net::Stream;
 use crate::net::splice::{self, Pipe, Pipes};
 use crate::net::stream::ErrorWatch;
+use crate::pool::rejection::HEAD_BYTES;
 use crate::termination::Termination;
 
 /// The worker's buffers, shared by all its connections; never held across an await.
@@ -67,6 +68,10 @@ pub trait Observer {
     fn to_upstream(&self, count: usize);
     /// `count` more bytes were written to the client.
     fn to_client(&self, count: usize);
+    /// Is nothing known yet of what the upstream answered?
+    fn awaits_answer(&self) -> bool;
+    /// The first bytes of the answer, zeros after them; once.
+    fn answered(&self, head: &[u8; HEAD_BYTES]);
     /// Ordered to end; called at each wake-up, keeps the waker for the order.
     fn poll_ordered(&self, cx: &mut Context<'_>) -> Option<Termination>;
 }
@@ -212,15 +217,19 @@ impl<'a, O: Observer> Relay<'a, O> {
         }
         let buffers = &mut *self.scratch.borrow_mut();
         let (mut up_moved, mut down_moved) = (0, 0);
-        let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved);
+        let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved, None);
         self.observer.to_upstream(up_moved);
         let up = match up {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Client)),
             Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
         };
-        let down = self.down.poll(cx, self.upstream, self.client, buffers, &mut down_moved);
+        let mut head = self.observer.awaits_answer().then(Head::default);
+        let down = self.down.poll(cx, self.upstream, self.client, buffers, &mut down_moved, head.as_mut());
         self.observer.to_client(down_moved);
+        if let Some(head) = head.filter(|head| head.is_read) {
+            self.observer.answered(&head.bytes);
+        }
         let down = match down {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
@@ -279,7 +288,7 @@ impl<'a, O: Observer> Relay<'a, O> {
             let mut moved = 0;
             let (progress, ordered) = poll_fn(|cx| {
                 let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
-                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved);
+                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved, None);
                 if matches!(progress, Err(End::Read)) {
                     // All that it sent was read; what is pending still has to go.
                     direction.eof = true;
@@ -321,6 +330,13 @@ fn watch<'a>(watch: &mut Option<ErrorWatch<'a>>, stream: &'a Stream, cx: &mut Co
     watch.get_or_insert_with(|| stream.error_watch()).as_mut().poll(cx).is_ready()
 }
 
+/// The beginning of a first read.
+#[derive(Debug, Default)]
+struct Head {
+    bytes: [u8; HEAD_BYTES],
+    is_read: bool,
+}
+
 /// Which end of a direction failed.
 enum End {
     Read,
@@ -333,7 +349,7 @@ impl Direction {
     }
 
     /// Moves what can be moved. Never reads while something is pending: back-pressure is the kernel's buffers.
-    /// `moved` grows by what was written, also before an error.
+    /// `moved` grows by what was written, also before an error; `head` becomes the beginning of the first read.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -341,6 +357,7 @@ impl Direction {
         to: &Stream,
         buffers: &mut Buffers,
         moved: &mut usize,
+        mut head: Option<&mut Head>,
     ) -> Result<Progress, End> {
         for _ in 0..READS_PER_POLL {
             match self.poll_flush(cx, to, &mut buffers.pipes, moved) {
@@ -356,7 +373,7 @@ impl Direction {
                 break;
             }
             let read = match self.mode {
-                Mode::Copy(bulk) => self.poll_copy(cx, from, to, &mut buffers.bytes, bulk, moved)?,
+                Mode::Copy(bulk) => self.poll_copy(cx, from, to, &mut buffers.bytes, bulk, moved, head.take())?,
                 Mode::Splice(small) => self.poll_fill(cx, from, &mut buffers.pipes, small)?,
             };
             if read.is_pending() {
@@ -376,6 +393,7 @@ impl Direction {
         bytes: &mut [u8],
         bulk: u8,
         moved: &mut usize,
+        head: Option<&mut Head>,
     ) -> Result<Poll<()>, End> {
         let count = match from.poll_read(cx, bytes) {
             Poll::Pending => return Ok(Poll::Pending),
@@ -385,6 +403,11 @@ impl Direction {
         if count == 0 {
             self.eof = true;
             return Ok(Poll::Ready(()));
+        }
+        if let Some(head) = head {
+            let seen = count.min(HEAD_BYTES);
+            head.bytes[..seen].copy_from_slice(&bytes[..seen]);
+            head.is_read = true;
         }
         self.mode = match bulk + 1 {
             _ if count < BULK_BYTES => Mode::Copy(0),

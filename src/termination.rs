@@ -87,6 +87,8 @@ causes! {
     IdleTimeout = Preface.Relay."idle_timeout",
     /// The upstream was disabled by the operator.
     Disabled = Preface.Relay."disabled",
+    /// The operator ended this connection (`DELETE /connections/ID`).
+    Ended = Preface.Relay."ended",
     /// The upstream was removed, and `drain_timeout` or the operator's time is over.
     DrainTimeout = Preface.Relay."drain_timeout",
     /// The upstream turned unhealthy, and `on_unhealthy` is `close`.

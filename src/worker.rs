@@ -15,6 +15,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::connection::Shared;
 use crate::connection::measured::Measured;
+use crate::control::view::{self, Filter, Tapped};
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::{self, Acceptor};
@@ -65,6 +66,14 @@ pub enum Message {
         /// Why.
         termination: Termination,
     },
+    /// Show open connections, and how many there are.
+    View(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
+    /// Show the last connections with the headers that their upstreams got.
+    Tap(Filter, oneshot::Sender<Vec<Tapped>>),
+    /// Send each connection that reaches an upstream from now on.
+    Follow(Filter, mpsc::Sender<Tapped>),
+    /// End one connection with a reset; was it here?
+    EndOne(Arc<str>, oneshot::Sender<bool>),
     /// Close every listener; answers when the last queue is empty. Connections stay.
     Stop(oneshot::Sender<()>),
 }
@@ -180,6 +189,10 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 }
             }
             Message::End { upstream, termination } => shared.end(upstream.as_ref(), termination),
+            Message::View(filter, reply) => drop(reply.send(shared.view(&filter))),
+            Message::Tap(filter, reply) => drop(reply.send(shared.last_tapped(&filter))),
+            Message::Follow(filter, sender) => shared.follow(filter, sender),
+            Message::EndOne(id, reply) => drop(reply.send(shared.end_one(&id))),
             Message::Stop(reply) => {
                 let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();
                 tokio::task::spawn_local(async move {

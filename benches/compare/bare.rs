@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use preface::net::listen::{self, BindOptions};
 use preface::net::{Accepted, Listening, Stream};
+use preface::pool::rejection::HEAD_BYTES;
 use preface::proxy_protocol::{Addresses, Header, Transport, Version};
 use preface::relay::{self, Buffers, Early, Observer, Scratch};
 use preface::termination::Termination;
@@ -27,6 +28,12 @@ impl Observer for Nobody {
     fn to_upstream(&self, _: usize) {}
 
     fn to_client(&self, _: usize) {}
+
+    fn awaits_answer(&self) -> bool {
+        false
+    }
+
+    fn answered(&self, _: &[u8; HEAD_BYTES]) {}
 
     fn poll_ordered(&self, _: &mut Context<'_>) -> Option<Termination> {
         None

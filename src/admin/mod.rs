@@ -4,6 +4,7 @@ pub mod announce;
 mod events;
 pub mod guard;
 mod listener;
+mod look;
 mod page;
 
 use std::collections::VecDeque;
@@ -17,7 +18,7 @@ use axum::extract::{Path, Query, Request, State as Shared};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -76,6 +77,8 @@ GET  /readyz     200 while configured, listening and not stopping
 GET  /metrics    Prometheus
 GET  /status     listeners, pools, upstreams, the last reload (JSON)
 GET  /history    rates and latencies of the last ten minutes (JSON)
+GET  /connections?listener=&pool=&client=CIDR    open connections (JSON)
+GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the header that was sent; &follow=1: new ones
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
@@ -83,8 +86,10 @@ POST /pools/POOL/drain?timeout=30s               nothing new; open connections s
 POST /pools/POOL/disable                         nothing new; open connections are reset
 POST /pools/POOL/enable                          as configured
 POST /pools/POOL/upstreams/ADDRESS/drain|disable|enable
+DELETE /connections/ID                           reset one connection
+POST /log?level=debug                            until a reload changes log.level
 
-POST needs the header X-Preface: 1, and Authorization: Bearer where a token is set:
+POST and DELETE need the header X-Preface: 1, and Authorization: Bearer where a token is set:
 curl -X POST -H 'X-Preface: 1' http://127.0.0.1:9900/reload
 ";
 
@@ -179,11 +184,15 @@ fn router(state: State, events: Events, reach: Reach) -> Router {
             let reads = metrics
                 .route("/status", get(status))
                 .route("/history", get(history))
+                .route("/connections", get(look::connections))
+                .route("/tap", get(look::tap))
                 .route("/events", get(follow))
                 .route("/config", get(config))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
             let mutations = Router::new()
                 .route("/reload", post(reload))
+                .route("/log", post(look::set_log_level))
+                .route("/connections/{id}", delete(look::end_connection))
                 .route("/pools/{pool}/{order}", post(order_pool))
                 .route("/pools/{pool}/upstreams/{address}/{order}", post(order_upstream))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_mutation));
@@ -310,9 +319,7 @@ async fn set_admin(
         }
     };
     let timeout = order_timeout(query, state)?;
-    let is_command_line = headers.get(header::USER_AGENT).is_some_and(|agent| agent == COMMAND_LINE_AGENT);
-    let by = if is_command_line { "command line" } else { "admin api" };
-    let order = SetAdmin { pool: pool.clone(), address, state, timeout, by: by.to_owned() };
+    let order = SetAdmin { pool: pool.clone(), address, state, timeout, by: by(headers).to_owned() };
     let reply = answer(server.state.control.set_admin(order)).await?.map_err(|error| match error {
         SetAdminError::UnknownPool { .. } | SetAdminError::UnknownUpstream { .. } => {
             Refusal::new(StatusCode::NOT_FOUND, error.to_string())
@@ -321,6 +328,12 @@ async fn set_admin(
     let upstream = |&(address, open): &(_, u64)| json!({ "address": address, "open": open });
     let upstreams: Vec<Value> = reply.upstreams.iter().map(upstream).collect();
     Ok(pretty(StatusCode::OK, &json!({ "pool": pool, "admin": state, "upstreams": upstreams })))
+}
+
+/// Who orders.
+fn by(headers: &HeaderMap) -> &'static str {
+    let is_command_line = headers.get(header::USER_AGENT).is_some_and(|agent| agent == COMMAND_LINE_AGENT);
+    if is_command_line { "command line" } else { "admin api" }
 }
 
 fn order_timeout(query: Queried, state: AdminState) -> Result<Option<Duration>, Refusal> {

@@ -95,6 +95,13 @@ fn played_control() -> Handle {
                 Command::Metrics(reply) => {
                     let _ = reply.send("preface_ready 1\n".to_owned());
                 }
+                Command::Connections(_, reply) => drop(reply.send((vec![], 0))),
+                Command::Tap(_, reply) => drop(reply.send(vec![])),
+                Command::EndConnection(id, _, reply) => drop(reply.send(id == "01KAGY7W9K3W5T8Q4R2M6N0PZX")),
+                Command::SetLogLevel(level, _, reply) => {
+                    let _ = reply.send(if level == "loud" { Err("not understood".to_owned()) } else { Ok(()) });
+                }
+                Command::Follow(..) => {}
                 Command::Observed(_) | Command::ConnectsFailed(_) => {}
             }
         }

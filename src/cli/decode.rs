@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 
 use super::capture::{self, Payload};
-use super::explain::{explain, explain_error};
+use crate::proxy_protocol::explain::{explain, explain_error};
 use crate::proxy_protocol::{Decoded, Transport, decode};
 
 /// Largest input.

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 
-use super::explain::explain;
 use super::whoami::{self, First, Seen};
 use crate::proxy_protocol::Addresses;
+use crate::proxy_protocol::explain::explain;
 
 /// The balancer must listen, and a header arrive, within this.
 const FIRST_CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);

@@ -7,7 +7,6 @@ pub mod completions;
 pub mod decode;
 pub mod demo;
 pub mod doctor;
-pub mod explain;
 pub mod health;
 pub mod man;
 pub mod order;

@@ -11,7 +11,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::explain::{explain, explain_error, facts, hex, summary, table};
+use crate::proxy_protocol::explain::{explain, explain_error, facts, hex, summary, table};
 use crate::proxy_protocol::{DecodeError, Decoded, HEADER_BYTES_MAX, Header, Transport, decode};
 
 /// Connections served at a time; more wait in the accept queue.

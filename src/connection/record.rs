@@ -15,9 +15,11 @@ use ulid::Ulid;
 use super::Shared;
 use super::measured::Times;
 use crate::config::LogConnections;
+use crate::control::view::{self, Filter};
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
 use crate::pool::UpstreamLife;
+use crate::pool::rejection::{HEAD_BYTES, Rejection};
 use crate::proxy_protocol::Version;
 use crate::relay::Observer;
 use crate::snapshot::ListenerLife;
@@ -49,6 +51,20 @@ impl Registry {
         self.free.push(index);
     }
 
+    /// Open ones, and how many there are.
+    pub(super) fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
+        let entries = self.entries.iter().flatten();
+        let wanted = entries.filter(|entry| entry.fits(filter)).take(filter.limit);
+        (wanted.map(|entry| entry.view()).collect(), self.entries.len() - self.free.len())
+    }
+
+    /// Orders the connection of this id to end; is it there?
+    pub(super) fn end_one(&self, id: &str) -> bool {
+        let Ok(id) = Ulid::from_string(id) else { return false };
+        let found = self.entries.iter().flatten().find(|entry| entry.id == id.to_bytes());
+        found.inspect(|entry| entry.order(Termination::Ended)).is_some()
+    }
+
     pub(super) fn each(&self, mut visit: impl FnMut(&Entry)) {
         self.entries.iter().flatten().for_each(|entry| visit(entry));
     }
@@ -56,7 +72,12 @@ impl Registry {
 
 /// What others may see of a connection, and say to it.
 pub(super) struct Entry {
+    /// As bytes: a `Ulid` would be aligned to 16.
+    id: [u8; 16],
     listener: Arc<ListenerLife>,
+    client: SocketAddr,
+    local: Cell<SocketAddr>,
+    pool: RefCell<Option<Arc<str>>>,
     pub(super) upstream: RefCell<Option<Arc<UpstreamLife>>>,
     bytes_in: Cell<u64>,
     bytes_out: Cell<u64>,
@@ -64,11 +85,54 @@ pub(super) struct Entry {
     folded_out: Cell<u64>,
     started: Instant,
     first_byte: Cell<Option<Duration>>,
+    answer: Cell<Answer>,
+    has_header: Cell<bool>,
+    ended: Cell<Option<(Termination, Duration)>>,
     pub(super) ordered: Cell<Option<Termination>>,
     waker: RefCell<Option<Waker>>,
 }
 
+/// What the upstream answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Answer {
+    /// Nothing yet.
+    #[default]
+    None,
+    /// Something.
+    Good,
+    /// What looks as if it did not take the header.
+    Rejected(Rejection),
+}
+
 impl Entry {
+    /// Is it one that the filter means?
+    pub(super) fn fits(&self, filter: &Filter) -> bool {
+        filter.fits(&self.listener.name, self.pool.borrow().as_deref(), self.client.ip())
+            && filter.id.as_ref().is_none_or(|id| *id == Ulid::from_bytes(self.id).to_string())
+    }
+
+    /// As others see it now.
+    pub(super) fn view(&self) -> view::Connection {
+        let milliseconds = |duration: Duration| duration.as_micros() as f64 / 1000.0;
+        let id = Ulid::from_bytes(self.id);
+        let accepted = SystemTime::UNIX_EPOCH + Duration::from_millis(id.timestamp_ms());
+        let ended = self.ended.get();
+        view::Connection {
+            id: id.to_string(),
+            accepted: humantime::format_rfc3339_millis(accepted).to_string(),
+            listener: self.listener.name.to_string(),
+            client: self.client,
+            local: self.local.get(),
+            pool: self.pool.borrow().as_deref().map(str::to_owned),
+            upstream: self.upstream.borrow().as_ref().map(|life| life.address),
+            age_ms: milliseconds(ended.map_or_else(|| self.started.elapsed(), |(_, duration)| duration)),
+            bytes_in: self.bytes_in.get(),
+            bytes_out: self.bytes_out.get(),
+            first_byte_ms: self.first_byte.get().map(milliseconds),
+            end: ended.map(|(termination, _)| termination.to_string()),
+        }
+    }
+
     pub(super) fn fold(&self) {
         let bytes_in = self.bytes_in.get() - self.folded_in.replace(self.bytes_in.get());
         let bytes_out = self.bytes_out.get() - self.folded_out.replace(self.bytes_out.get());
@@ -110,6 +174,19 @@ impl Observer for Entry {
         self.bytes_out.set(self.bytes_out.get() + count as u64);
     }
 
+    fn awaits_answer(&self) -> bool {
+        self.answer.get() == Answer::None
+    }
+
+    fn answered(&self, head: &[u8; HEAD_BYTES]) {
+        // Without a header a 400 is an answer to the client.
+        let rejection = Rejection::of_answer(head).filter(|_| self.has_header.get());
+        self.answer.set(rejection.map_or(Answer::Good, Answer::Rejected));
+        if let (None, Some(life)) = (rejection, &*self.upstream.borrow()) {
+            life.answered();
+        }
+    }
+
     fn poll_ordered(&self, cx: &mut Context<'_>) -> Option<Termination> {
         let mut waker = self.waker.borrow_mut();
         if waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
@@ -124,11 +201,6 @@ pub struct Record {
     pub(super) shared: Rc<Shared>,
     pub(super) entry: Rc<Entry>,
     index: usize,
-    /// As bytes: a `Ulid` would be aligned to 16.
-    id: [u8; 16],
-    pub(super) client: SocketAddr,
-    pub(super) local: SocketAddr,
-    pool: Option<Arc<str>>,
     header: Option<&'static str>,
     connect: Option<Duration>,
     attempts: u32,
@@ -150,7 +222,11 @@ impl Record {
         in_source: bool,
     ) -> Record {
         let entry = Rc::new(Entry {
+            id: connection_id(),
             listener: Arc::clone(listener),
+            client,
+            local: Cell::new(local),
+            pool: RefCell::default(),
             upstream: RefCell::default(),
             bytes_in: Cell::default(),
             bytes_out: Cell::default(),
@@ -158,6 +234,9 @@ impl Record {
             folded_out: Cell::default(),
             started: Instant::now(),
             first_byte: Cell::default(),
+            answer: Cell::default(),
+            has_header: Cell::default(),
+            ended: Cell::default(),
             ordered: Cell::default(),
             waker: RefCell::default(),
         });
@@ -166,10 +245,6 @@ impl Record {
             shared: Rc::clone(shared),
             entry,
             index,
-            id: connection_id(),
-            client,
-            local,
-            pool: None,
             header: None,
             connect: None,
             attempts: 0,
@@ -182,19 +257,42 @@ impl Record {
             let line = log::connection_start_line(format, now, record.id(&mut id), &listener.name, client);
             shared.log.send(line.as_bytes());
         }
+        tracing::debug!(event = "accept", id = %record.ulid(), listener = &*listener.name, %client);
         record
     }
 
     /// Replaces a wildcard by the address that the client connected to.
     pub fn set_local(&mut self, local: SocketAddr) {
-        self.local = local;
+        self.entry.local.set(local);
+    }
+
+    /// Who connected.
+    pub(super) fn client(&self) -> SocketAddr {
+        self.entry.client
+    }
+
+    /// What it connected to.
+    pub(super) fn local(&self) -> SocketAddr {
+        self.entry.local.get()
+    }
+
+    fn ulid(&self) -> Ulid {
+        Ulid::from_bytes(self.entry.id)
     }
 
     /// Another attempt begins, at this upstream.
     pub(super) fn attempt(&mut self, pool: &Arc<str>, life: &Arc<UpstreamLife>) {
         self.attempts += 1;
-        self.pool = Some(Arc::clone(pool));
+        *self.entry.pool.borrow_mut() = Some(Arc::clone(pool));
         *self.entry.upstream.borrow_mut() = Some(Arc::clone(life));
+        tracing::debug!(
+            event = "attempt", id = %self.ulid(), pool = &**pool, upstream = %life.address, attempt = self.attempts
+        );
+    }
+
+    /// The attempt came to nothing.
+    pub(super) fn attempt_failed(&self, termination: Termination) {
+        tracing::debug!(event = "attempt_failed", id = %self.ulid(), attempt = self.attempts, reason = %termination);
     }
 
     /// The upstream was connected to in this time, and has the header.
@@ -202,13 +300,17 @@ impl Record {
         self.connect = Some(connect_time);
         self.header = Some(version.map_or("off", Version::as_str));
         if let Some(version) = version {
+            self.entry.has_header.set(true);
             self.entry.listener.headers[version as usize].fetch_add(1, Ordering::Relaxed);
         }
+        tracing::debug!(
+            event = "introduced", id = %self.ulid(), header = self.header, connect_ms = connect_time.as_secs_f64() * 1000.0
+        );
     }
 
     /// The connection's ULID as text, in `buffer`.
     pub(super) fn id<'a>(&self, buffer: &'a mut [u8; ulid::ULID_LEN]) -> &'a str {
-        Ulid::from_bytes(self.id).array_to_str(buffer)
+        self.ulid().array_to_str(buffer)
     }
 
     /// Counts and logs the end.
@@ -221,12 +323,16 @@ impl Record {
         let listener = &self.entry.listener;
         let duration = self.entry.started.elapsed();
         self.measure(duration);
+        self.judge(termination, duration);
+        // It may be looked at for a while, but nobody wakes it any more.
+        self.entry.ended.set(Some((termination, duration)));
+        self.entry.waker.take();
         self.entry.fold();
         self.shared.registry.borrow_mut().remove(self.index);
         listener.ended(termination);
         listener.open.fetch_sub(1, Ordering::Relaxed);
         if self.in_source {
-            listener.leave_source(self.client.ip());
+            listener.leave_source(self.client().ip());
         }
         let wanted = self.shared.with_snapshot(|snapshot| match snapshot.log_connections {
             Some(LogConnections::Off) => false,
@@ -236,12 +342,13 @@ impl Record {
         if wanted {
             self.log(termination, duration);
         }
+        tracing::debug!(event = "end", id = %self.ulid(), end = %termination);
         self.open = None;
     }
 
     /// Once a connection, in memory of this worker alone.
     fn measure(&self, duration: Duration) {
-        if let (Some(connect), Some(pool)) = (self.connect, &self.pool)
+        if let (Some(connect), Some(pool)) = (self.connect, &*self.entry.pool.borrow())
             && let Some(life) = &*self.entry.upstream.borrow()
         {
             let times = Times { connect, first_byte: self.entry.first_byte.get(), duration };
@@ -249,15 +356,30 @@ impl Record {
         }
     }
 
+    /// Did the upstream take the header?
+    fn judge(&self, termination: Termination, duration: Duration) {
+        let rejection = match (self.header, self.entry.answer.get()) {
+            (None, _) | (_, Answer::Good) => None,
+            (_, Answer::Rejected(rejection)) => Some(rejection),
+            (_, Answer::None) => Rejection::of_end(termination, self.entry.bytes_in.get(), duration.as_secs())
+                .filter(|_| self.entry.bytes_out.get() == 0),
+        };
+        if let (Some(rejection), Some(life)) = (rejection, &*self.entry.upstream.borrow()) {
+            life.rejected(rejection);
+        }
+    }
+
     fn log(&self, termination: Termination, duration: Duration) {
+        let pool = self.entry.pool.borrow();
+        let local = self.local();
         let mut id = [0; ulid::ULID_LEN];
         let line = ConnectionLine {
             time: SystemTime::now(),
             id: self.id(&mut id),
             listener: &self.entry.listener.name,
-            client: self.client,
-            local: (!self.local.ip().is_unspecified()).then_some(self.local),
-            pool: self.pool.as_deref(),
+            client: self.client(),
+            local: (!local.ip().is_unspecified()).then_some(local),
+            pool: pool.as_deref(),
             upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
             header: self.header,
             bytes_in: self.entry.bytes_in.get(),

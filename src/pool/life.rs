@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use super::rejection::{self, Rejection};
 
 /// What of an upstream outlives every change but its removal. Shared by all workers; key: pool and address.
 #[derive(Debug)]
@@ -13,6 +15,11 @@ pub struct UpstreamLife {
     pub open: AtomicU32,
     /// Failed connects in a row, over all workers.
     pub failed_connects: AtomicU32,
+    /// Has it answered a connection, with the header that it gets now?
+    has_answered: AtomicBool,
+    /// Rejections in a row, over all workers; and how the last one looked.
+    rejections: AtomicU32,
+    last_rejection: AtomicU8,
     /// Counters since the upstream joined.
     pub counters: UpstreamCounters,
 }
@@ -28,6 +35,8 @@ pub struct UpstreamCounters {
     pub bytes_in: AtomicU64,
     /// Bytes to clients.
     pub bytes_out: AtomicU64,
+    /// What looked like a rejected header, by `Rejection`.
+    pub rejections: [AtomicU64; Rejection::ALL.len()],
 }
 
 /// One place among an upstream's open connections; given back on drop.
@@ -43,6 +52,9 @@ impl UpstreamLife {
             address,
             open: AtomicU32::new(0),
             failed_connects: AtomicU32::new(0),
+            has_answered: AtomicBool::new(false),
+            rejections: AtomicU32::new(0),
+            last_rejection: AtomicU8::new(0),
             counters: UpstreamCounters::default(),
         })
     }
@@ -78,6 +90,39 @@ impl UpstreamLife {
         if self.failed_connects.load(Ordering::Relaxed) != 0 {
             self.failed_connects.store(0, Ordering::Relaxed);
         }
+    }
+}
+
+impl UpstreamLife {
+    /// A connection got an answer: nothing is wrong with the header.
+    pub fn answered(&self) {
+        // Written only when they change: the line is shared by all workers.
+        if !self.has_answered.load(Ordering::Relaxed) {
+            self.has_answered.store(true, Ordering::Relaxed);
+        }
+        if self.rejections.load(Ordering::Relaxed) != 0 {
+            self.rejections.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// A connection looked as if its header had been rejected.
+    pub fn rejected(&self, rejection: Rejection) {
+        self.counters.rejections[rejection as usize].fetch_add(1, Ordering::Relaxed);
+        self.last_rejection.store(rejection as u8, Ordering::Relaxed);
+        self.rejections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Are there so many rejections in a row that the header must be wrong? How many, and how the last one looked.
+    pub fn suspicion(&self) -> Option<(u32, Rejection)> {
+        let in_a_row = self.rejections.load(Ordering::Relaxed);
+        let last = Rejection::ALL[usize::from(self.last_rejection.load(Ordering::Relaxed))];
+        rejection::is_suspicious(in_a_row, self.has_answered.load(Ordering::Relaxed)).then_some((in_a_row, last))
+    }
+
+    /// It gets another header from now on.
+    pub fn forget_answers(&self) {
+        self.has_answered.store(false, Ordering::Relaxed);
+        self.rejections.store(0, Ordering::Relaxed);
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod header;
 pub mod life;
+pub mod rejection;
 
 use std::fmt;
 use std::net::SocketAddr;

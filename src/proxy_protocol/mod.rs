@@ -3,6 +3,7 @@
 //! Sections are those of HAProxy's `proxy-protocol.txt`, revision 2026-04-27.
 
 pub mod error;
+pub mod explain;
 pub mod tlv;
 pub mod v1;
 pub mod v2;

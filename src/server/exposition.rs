@@ -2,15 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
+use crate::connection::measured::KINDS;
 use crate::metrics::Families;
+use crate::metrics::latency::{self, Buckets};
+use crate::net::limits;
+use crate::pool::rejection::Rejection;
 use crate::pool::{AdminState, Health, Upstream, UpstreamKey};
 use crate::server::state::State;
-use crate::snapshot::ListenerLife;
+use crate::server::status::Usage;
+use crate::snapshot::{ListenerLife, Snapshot};
 use crate::termination::Termination;
 
 /// An upstream with the labels of its samples.
@@ -43,7 +49,9 @@ impl State {
                 key: UpstreamKey { pool: pool.to_owned(), address },
             })
             .collect();
+        self.pool_families(&mut families, &snapshot);
         self.upstream_families(&mut families, &upstreams);
+        self.time_families(&mut families, &upstreams);
         self.check_families(&mut families, &upstreams);
         families.into_text()
     }
@@ -76,6 +84,69 @@ impl State {
         families
             .counter("preface_worker_unresponsive_total", "Times that a worker did not answer within 200 ms.")
             .sample(&[], self.unresponsive);
+        let mut busy = families.counter(
+            "preface_worker_cpu_seconds_total",
+            "Processor time by worker: its rate is the busy share, 1 is a whole processor.",
+        );
+        for (worker, (cpu, _)) in self.history.workers().enumerate() {
+            busy.sample(&[("worker", &worker.to_string())], cpu.as_secs_f64());
+        }
+        let usage = Usage::now();
+        families
+            .counter("preface_process_cpu_seconds_total", "Processor time of the process.")
+            .sample(&[], limits::process_time().as_secs_f64());
+        families
+            .gauge("preface_process_resident_memory_bytes", "Resident memory of the process.")
+            .sample(&[], usage.memory_bytes);
+        families
+            .gauge("preface_process_open_descriptors", "Descriptors that the process has open.")
+            .sample(&[], usage.descriptors);
+        families
+            .gauge("preface_process_max_descriptors", "Descriptors that the process may have open.")
+            .sample(&[], self.descriptors);
+        families
+            .histogram("preface_reload_duration_seconds", "Load, validation, binding and building of a reload.")
+            .distribution(&[], self.history.reload_buckets(), latency::WAITS);
+    }
+
+    fn pool_families(&self, families: &mut Families, snapshot: &Snapshot) {
+        let names = || self.config.pools.keys();
+        let mut usable = families.gauge("preface_pool_usable", "1 while a new connection would get an upstream.");
+        for name in names() {
+            let is_usable = snapshot.pools.values().filter(|pool| *pool.name == **name).all(|pool| pool.is_usable());
+            usable.sample(&[("pool", name)], is_usable);
+        }
+        let nothing: [Buckets; KINDS] = Default::default();
+        let mut distribution = |name, help, kind: usize, shown: Range<usize>| {
+            let mut family = families.histogram(name, help);
+            for pool in names() {
+                let buckets = self.history.pool_buckets(pool).unwrap_or(&nothing);
+                family.distribution(&[("pool", pool)], &buckets[kind], shown.clone());
+            }
+        };
+        distribution("preface_pool_connect_seconds", "Connects that succeeded.", 0, latency::WAITS);
+        distribution("preface_pool_first_byte_seconds", "From accept to the upstream's first byte.", 1, latency::WAITS);
+        distribution("preface_pool_connection_seconds", "From accept to end.", 2, latency::LIFETIMES);
+    }
+
+    fn time_families(&self, families: &mut Families, upstreams: &[Labelled]) {
+        let nothing = Buckets::default();
+        let mut distribution = |name, help, kind: usize, shown: Range<usize>| {
+            let mut family = families.histogram(name, help);
+            for Labelled { pool, address, key, .. } in upstreams {
+                let buckets = self.history.upstream_buckets(key).map_or(&nothing, |all| all[kind]);
+                family.distribution(&[("pool", pool), ("upstream", address)], buckets, shown.clone());
+            }
+        };
+        distribution("preface_upstream_connect_seconds", "Connects that succeeded.", 0, latency::WAITS);
+        distribution(
+            "preface_upstream_first_byte_seconds",
+            "From accept to the upstream's first byte.",
+            1,
+            latency::WAITS,
+        );
+        distribution("preface_upstream_connection_seconds", "From accept to end.", 2, latency::LIFETIMES);
+        distribution("preface_health_check_seconds", "Health checks that said something.", 3, latency::WAITS);
     }
 
     fn listener_families(&self, families: &mut Families) {
@@ -137,6 +208,23 @@ impl State {
         counter("preface_upstream_bytes_out_total", "Payload bytes from the upstream.", |up| {
             &up.life.counters.bytes_out
         });
+        let mut rejected = families.counter(
+            "preface_headers_rejected_total",
+            "Connections that looked as if the upstream had not taken the header, or had missed one.",
+        );
+        for Labelled { pool, address, upstream, .. } in upstreams {
+            for (rejection, count) in Rejection::ALL.iter().zip(&upstream.life.counters.rejections) {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("how", rejection.as_str())];
+                rejected.sample(&labels, count.load(Relaxed));
+            }
+        }
+        let mut suspected = families.gauge(
+            "preface_upstream_header_rejected",
+            "1 while the upstream seems to reject the header, or to miss one: see the log or the status.",
+        );
+        for Labelled { pool, address, key, .. } in upstreams {
+            suspected.sample(&[("pool", pool), ("upstream", address)], self.suspicions.contains_key(key));
+        }
         let mut health =
             families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");
         for Labelled { pool, address, upstream, .. } in upstreams {

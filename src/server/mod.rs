@@ -3,9 +3,11 @@
 pub mod watch;
 mod exposition;
 mod history;
+mod look;
 mod reload;
 mod state;
 mod status;
+mod suspicion;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -33,7 +35,7 @@ use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use history::History;
-use state::State;
+use state::{LogLevel, State};
 use watch::{ContentHash, Watch};
 
 /// Connections that are reset at the end have this long to be counted and logged.
@@ -140,6 +142,8 @@ fn start_state(
         joined: HashSet::new(),
         closing: Vec::new(),
         next_slot: 0,
+        suspicions: BTreeMap::new(),
+        log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         spare: Vec::new(),
         unresponsive: 0,
@@ -311,6 +315,11 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
             state.collect().await;
             let _ = reply.send(state.status());
         }
+        Command::Connections(filter, reply) => drop(reply.send(state.connections(filter).await)),
+        Command::Tap(filter, reply) => drop(reply.send(state.tapped(filter).await)),
+        Command::Follow(filter, sender) => state.follow(filter, sender).await,
+        Command::EndConnection(id, by, reply) => drop(reply.send(state.end_connection(&id, &by).await)),
+        Command::SetLogLevel(level, by, reply) => drop(reply.send(state.set_log_level(&level, &by))),
         Command::History(reply) => {
             let _ = reply.send(state.history.value());
         }

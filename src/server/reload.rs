@@ -18,7 +18,7 @@ use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
 use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
-use crate::server::state::{Deadline, State, renamed_pools, upstream_keys};
+use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
 use crate::snapshot::{self, SocketKey};
 use crate::worker::Message;
 
@@ -99,6 +99,7 @@ impl State {
             self.next_slot += 1;
         }
         self.carry_over(&old);
+        self.forget_answers_to_other_headers(&old);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
         let mut gone: Vec<(SocketAddr, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
@@ -118,8 +119,12 @@ impl State {
         self.listen(bound).await;
         self.close(&gone).await;
         self.update_keepalive(&before).await;
-        if let Err(error) = self.log.set_level(&self.config.log.level) {
-            tracing::warn!(event = "log", reason = %error);
+        // An order by the admin API stands until the file says something else than before.
+        if old.log.level != self.config.log.level {
+            if let Err(error) = self.log.set_level(&self.config.log.level) {
+                tracing::warn!(event = "log", reason = %error);
+            }
+            self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
         Ok(())

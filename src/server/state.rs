@@ -21,6 +21,7 @@ use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::history::History;
+use crate::server::suspicion::Suspicion;
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -28,7 +29,7 @@ use crate::worker::{Message, Worker};
 /// How long an upstream of an unchecked pool stays out after failed connects.
 const UNCHECKED_EJECTION: Duration = Duration::from_secs(10);
 /// A worker that does not answer a scrape within this time is left out.
-const COLLECT_TIMEOUT: Duration = Duration::from_millis(200);
+pub const COLLECT_TIMEOUT: Duration = Duration::from_millis(200);
 /// Reload reports kept for `/status`.
 const REPORTS_MAX: usize = 10;
 
@@ -67,6 +68,24 @@ impl Deadline {
     }
 }
 
+/// The level of the log, and who wanted it.
+#[derive(Clone, Debug)]
+pub struct LogLevel {
+    /// In force.
+    pub level: String,
+    /// "configuration", or who ordered another one.
+    pub by: String,
+    /// Since when.
+    pub since: SystemTime,
+}
+
+impl LogLevel {
+    /// As the file says, from now on.
+    pub fn configured(level: &str) -> LogLevel {
+        LogLevel { level: level.to_owned(), by: "configuration".to_owned(), since: SystemTime::now() }
+    }
+}
+
 /// The control thread's state.
 pub struct State {
     /// The configuration file.
@@ -99,6 +118,10 @@ pub struct State {
     pub closing: Vec<(SocketAddr, oneshot::Receiver<()>)>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
+    /// Upstreams that seem to reject their header.
+    pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
+    /// What is logged.
+    pub log_level: LogLevel,
     /// What was measured, by time.
     pub history: History,
     /// Emptied, for the workers to fill.
@@ -353,6 +376,14 @@ impl State {
         Ok(SetAdminReply { upstreams })
     }
 
+    /// Logs at this level until a reload changes it.
+    pub fn set_log_level(&mut self, level: &str, by: &str) -> Result<(), String> {
+        self.log.set_level(level).map_err(|error| error.to_string())?;
+        tracing::info!(event = "log", level, by, "the level stays until a reload changes log.level, or a restart");
+        self.log_level = LogLevel { level: level.to_owned(), by: by.to_owned(), since: SystemTime::now() };
+        Ok(())
+    }
+
     fn named(&self, order: &SetAdmin) -> Result<Vec<UpstreamKey>, SetAdminError> {
         if !self.config.pools.contains_key(&order.pool) {
             let known: Vec<&str> = self.config.pools.keys().map(String::as_str).collect();
@@ -402,6 +433,7 @@ impl State {
             }
         }
         self.history.add_checks(&self.checkers);
+        self.look_at_rejections();
         answered
     }
 

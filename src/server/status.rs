@@ -11,9 +11,11 @@
 //!   pools: { NAME: { usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
+//!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
+//!   log: { level, by, since },
 //!   warnings: [], log_lines_dropped: N, snapshot: N }
 //!
 //! RATES        { connections_per_s, failures_per_s, bytes_in_per_s, bytes_out_per_s }
@@ -44,8 +46,10 @@ use std::time::SystemTime;
 use serde_json::{Map, Value, json};
 
 use crate::net::limits;
+use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
 use crate::server::state::State;
+use crate::server::suspicion::Suspicion;
 use crate::snapshot::ListenerLife;
 use crate::termination::Termination;
 
@@ -107,6 +111,7 @@ impl State {
             "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
             "reload_ms": self.history.reload_latency(),
             "warnings": self.warnings,
+            "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
             "log_lines_dropped": self.log.dropped(),
         })
     }
@@ -118,10 +123,15 @@ impl State {
         let unrecorded = if pool.config.health_check.is_some() { "not checked yet" } else { "not checked" };
         let admin = self.inputs.admin.get(&key);
         let counters = &upstream.life.counters;
+        let suspicion = self.suspicions.get(&key);
+        let mut reason = health.map_or(unrecorded, |record| record.reason.as_str()).to_owned();
+        if let Some(suspicion) = suspicion {
+            reason += &format!("; header rejected? {}", suspicion.reason);
+        }
         let mut value = json!({
             "address": address.to_string(),
             "health": upstream.candidate.health,
-            "health_reason": health.map_or(unrecorded, |record| record.reason.as_str()),
+            "health_reason": reason,
             "health_since": time(health.map_or(self.started, |record| record.since)),
             "admin": upstream.candidate.admin,
             "admin_since": admin.map(|record| time(record.since)),
@@ -134,6 +144,8 @@ impl State {
             "connect_failures": counters.connect_failures.load(Relaxed),
             "bytes_in": counters.bytes_in.load(Relaxed),
             "bytes_out": counters.bytes_out.load(Relaxed),
+            "header_rejected": suspicion.map(Suspicion::value),
+            "rejections": rejections(upstream),
             "rates": self.history.upstream_rates(&key),
             "latency": self.history.upstream_latency(&key),
         });
@@ -173,6 +185,13 @@ impl State {
     pub fn config_in_force(&self) -> Value {
         json!({ "file": self.path.display().to_string(), "toml": self.text })
     }
+}
+
+/// Connections that looked as if their header had been rejected, by how; those that there were.
+fn rejections(upstream: &Upstream) -> Value {
+    let counts = Rejection::ALL.iter().zip(&upstream.life.counters.rejections);
+    let counts = counts.map(|(rejection, count)| (rejection.as_str().to_owned(), count.load(Relaxed)));
+    counts.filter(|(_, count)| *count > 0).map(|(how, count)| (how, json!(count))).collect()
 }
 
 /// What the process takes of the machine.

@@ -141,12 +141,19 @@ fn families(metrics: &str) -> Families {
         } else if !line.starts_with('#') {
             let selector = line.rsplit_once(' ').expect("a sample").0;
             let (name, matchers) = selectors(selector).remove(0);
+            let name = family_of(&name, |family| families.contains_key(family));
             for (label, value) in matchers {
                 families.get_mut(&name).expect("a TYPE line").entry(label).or_default().insert(value);
             }
         }
     }
     families
+}
+
+/// The samples of a histogram have names of their own.
+fn family_of(sample: &str, is_family: impl Fn(&str) -> bool) -> String {
+    let stems = ["_bucket", "_sum", "_count"].iter().filter_map(|suffix| sample.strip_suffix(suffix));
+    stems.into_iter().find(|stem| is_family(stem)).unwrap_or(sample).to_owned()
 }
 
 /// Metrics of ours in an expression, each with its label matchers.
@@ -189,6 +196,7 @@ fn every_metric_and_label_exists() {
     texts.extend([read("alerts.yaml"), read("alerts-test.yaml")]);
     let mut used = BTreeSet::new();
     for (name, matchers) in texts.iter().flat_map(|text| selectors(text)) {
+        let name = family_of(&name, |family| families.contains_key(family));
         let labels = families.get(&name).unwrap_or_else(|| panic!("/metrics has no {name}"));
         for (label, values) in matchers.iter().filter(|(label, _)| label != "job" && label != "instance") {
             let known = labels.get(label).unwrap_or_else(|| panic!("{name} has no label {label}"));

@@ -1,4 +1,4 @@
-//! A header in words: each field with its offset, its bytes and what they mean; what is wrong with one, and what to do.
+//! PURE. A header in words: each field with its offset, its bytes and their meaning; what is wrong, and what to do.
 
 use std::fmt::Write as _;
 
@@ -142,10 +142,13 @@ pub fn hex(bytes: &[u8], separator: &str) -> String {
 }
 
 /// One row of the table.
-struct Field {
-    at: usize,
-    len: usize,
-    meaning: String,
+pub struct Field {
+    /// Offset in the header.
+    pub at: usize,
+    /// Bytes.
+    pub len: usize,
+    /// In words.
+    pub meaning: String,
 }
 
 impl Field {
@@ -178,7 +181,8 @@ impl Fields {
     }
 }
 
-fn fields(header: &Header, raw: &[u8]) -> Vec<Field> {
+/// Every field of `raw`, the bytes that the header was read from.
+pub fn fields(header: &Header, raw: &[u8]) -> Vec<Field> {
     let mut fields = Fields { fields: Vec::new(), at: 0 };
     match header.version {
         Version::V1 => v1_fields(header, raw, &mut fields),

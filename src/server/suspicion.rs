@@ -1,0 +1,171 @@
+//! Upstreams that seem to reject the header that they get, or to miss one: said once, with what to change.
+
+use std::time::SystemTime;
+
+use serde_json::{Value, json};
+
+use crate::config::{self, CheckHeader, Config, Probe, Tlvs, Version};
+use crate::pool::rejection::Rejection;
+use crate::pool::{Health, UpstreamKey};
+use crate::server::state::State;
+use crate::snapshot;
+
+/// Why an upstream is suspected.
+#[derive(Clone, Debug)]
+pub struct Suspicion {
+    /// How the last connection looked.
+    pub rejection: Rejection,
+    /// Since when.
+    pub since: SystemTime,
+    /// What was seen and what probably is the matter.
+    pub reason: String,
+    /// What to write where.
+    pub change: String,
+}
+
+impl Suspicion {
+    /// As the status shows it.
+    pub fn value(&self) -> Value {
+        json!({
+            "how": self.rejection.as_str(),
+            "since": humantime::format_rfc3339_millis(self.since).to_string(),
+            "reason": self.reason,
+            "change": self.change,
+        })
+    }
+}
+
+impl State {
+    /// Looks at what the connections since the last time say about headers, and tells of what turned.
+    pub fn look_at_rejections(&mut self) {
+        self.suspicions.retain(|key, suspicion| {
+            let Some(life) = self.inputs.lives.get(key) else { return false };
+            let stands = life.suspicion().is_some();
+            if !stands {
+                tracing::info!(
+                    event = "header_accepted", pool = %key.pool, upstream = %key.address, was = suspicion.rejection.as_str(),
+                    "the upstream answers again"
+                );
+            }
+            stands
+        });
+        let lives = self.inputs.lives.iter().filter(|(key, _)| !self.suspicions.contains_key(key));
+        let suspected: Vec<_> = lives.filter_map(|(key, life)| Some((key.clone(), life.suspicion()?))).collect();
+        for (key, (in_a_row, rejection)) in suspected {
+            let Some((pool, upstream)) = self.configured(&key) else { continue };
+            if self.is_cleared_by_checks(&key, pool, upstream) {
+                continue;
+            }
+            let (reason, change) = advice(&key, pool, upstream, rejection, in_a_row);
+            tracing::warn!(
+                event = "header_rejected", pool = %key.pool, upstream = %key.address, reason, change,
+            );
+            self.suspicions.insert(key, Suspicion { rejection, since: SystemTime::now(), reason, change });
+        }
+    }
+
+    /// The pool and the entry of an upstream.
+    fn configured(&self, key: &UpstreamKey) -> Option<(&config::Pool, &config::Upstream)> {
+        configured(&self.config, key)
+    }
+
+    /// An answer to a check with the same header shows that the header is taken. TLVs are not in checks.
+    fn is_cleared_by_checks(&self, key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream) -> bool {
+        let Some(check) = &pool.health_check else { return false };
+        let asks = match &check.probe {
+            Probe::Tcp { expect, .. } => !expect.is_empty(),
+            Probe::Http { .. } => true,
+        };
+        let header = match check.proxy_protocol {
+            CheckHeader::Same => upstream.proxy_protocol,
+            CheckHeader::Off => None,
+            CheckHeader::Version(version) => Some(version),
+        };
+        let has_tlvs = upstream.tlvs != Tlvs::default()
+            || pool.tlvs != Tlvs::default()
+            || self.config.listeners.values().any(|of| of.pool == key.pool && of.tlvs != Tlvs::default());
+        let is_healthy = self.checkers.get(key).is_some_and(|checker| checker.health() == Health::Healthy);
+        asks && check.port.is_none() && header == upstream.proxy_protocol && !has_tlvs && is_healthy
+    }
+
+    /// What upstreams answered to another header says nothing about the one that they get from now on.
+    pub fn forget_answers_to_other_headers(&mut self, old: &Config) {
+        for (key, life) in &self.inputs.lives {
+            let (Some(before), Some(now)) = (configured(old, key), self.configured(key)) else { continue };
+            let header = |(pool, upstream): (&config::Pool, &config::Upstream)| {
+                (upstream.proxy_protocol, upstream.tlvs.clone(), pool.tlvs.clone())
+            };
+            if header(before) != header(now) {
+                life.forget_answers();
+                self.suspicions.remove(key);
+            }
+        }
+    }
+}
+
+fn configured<'a>(config: &'a Config, key: &UpstreamKey) -> Option<(&'a config::Pool, &'a config::Upstream)> {
+    let pool = config.pools.get(&key.pool)?;
+    let fits =
+        |upstream: &&config::Upstream| snapshot::upstream_address(upstream, Some(key.address.port())) == key.address;
+    Some((pool, pool.upstreams.iter().find(fits)?))
+}
+
+/// What was seen and is probably the matter, and what to change.
+fn advice(
+    key: &UpstreamKey,
+    pool: &config::Pool,
+    upstream: &config::Upstream,
+    rejection: Rejection,
+    in_a_row: u32,
+) -> (String, String) {
+    let seen = format!("the last {in_a_row} connections were {}", rejection.in_words());
+    let (reason, word) = match upstream.proxy_protocol {
+        None => (format!("{seen}: it probably requires a header, and gets none"), "v2"),
+        Some(version) => {
+            let cause = "it probably does not expect a header";
+            let or = if version == Version::V2 { ", or not this version" } else { "" };
+            (format!("{seen}, right after the {} header: {cause}{or}", version.as_str()), "off")
+        }
+    };
+    let address = key.address;
+    let others_differ = pool.upstreams.iter().any(|other| other.proxy_protocol != upstream.proxy_protocol);
+    let table = if others_differ || pool.upstreams.len() > 1 {
+        format!("in the [[pools.{}.upstreams]] of {address}", key.pool)
+    } else {
+        format!("in [pools.{}]", key.pool)
+    };
+    let there = match upstream.proxy_protocol {
+        None => "switch the header off there",
+        Some(_) => "let it take the header there (nginx: listen ... proxy_protocol)",
+    };
+    let change =
+        format!("{table}: proxy_protocol = \"{word}\"; or {there}; `preface doctor {address}` finds out which");
+    (reason, change)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_what_to_write_where() {
+        let text = |header: &str, upstreams: &str| {
+            format!(
+                "[listeners.a]\nbind = \":80\"\npool = \"p\"\n[pools.p]\nproxy_protocol = \"{header}\"\nupstreams = {upstreams}\n"
+            )
+        };
+        let mut said = String::new();
+        for (header, upstreams, rejection) in [
+            ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest),
+            ("v1", "[\"10.0.0.1\", \"10.0.0.2\"]", Rejection::TlsAlert),
+            ("off", "[\"10.0.0.1:80\"]", Rejection::Closed),
+        ] {
+            let config = config::parse("test.toml", &text(header, upstreams)).expect("it is valid").config;
+            let key = UpstreamKey { pool: "p".to_owned(), address: ([10, 0, 0, 1], 80).into() };
+            let (pool, upstream) = configured(&config, &key).expect("it is configured");
+            let (reason, change) = advice(&key, pool, upstream, rejection, 3);
+            said += &format!("{reason}\n    {change}\n");
+        }
+        insta::assert_snapshot!(said);
+    }
+}
