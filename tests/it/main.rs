@@ -18,6 +18,7 @@ mod load;
 mod measured;
 mod monitoring;
 mod netns;
+mod page;
 mod pools;
 mod readme;
 mod receivers;

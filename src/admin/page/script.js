@@ -358,6 +358,7 @@
       dress(node, "problem " + problem.kind);
       say(node.what_, problem.what);
       say(node.text_, problem.text);
+      dress(node.text_, problem.text.includes("\n") ? "mono" : "");
     });
   }
 
@@ -402,9 +403,9 @@
     { key: "open", name: "open", number: true },
     { key: "rate", name: "new", number: true },
     { key: "plot", name: "last 10 min" },
-    { key: "bytes", name: "in / out", number: true },
-    { key: "connect", name: "connect p50 / p99", number: true },
-    { key: "first", name: "first byte p50 / p99", number: true },
+    { key: "bytes", name: "in, out", number: true },
+    { key: "connect", name: "connect p50, p99", number: true },
+    { key: "first", name: "first byte p50, p99", number: true },
     { key: "failures", name: "failed connects", number: true },
     { key: "orders", name: "", className: "orders" },
   ];
@@ -429,11 +430,14 @@
 
   function upstreamRow() {
     const node = row(UPSTREAM);
-    const { address, state, plot: cell, bytes, orders } = node.cells_;
+    const { address, state, plot: cell, bytes, connect, first, orders } = node.cells_;
     address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
     state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
     cell.append((node.plot_ = plot()));
-    bytes.append((node.in_ = make("span", "line")), (node.out_ = make("span", "line")));
+    const lines = (cell) => { const two = [make("span", "line"), make("span", "line")]; cell.append(...two); return two; };
+    [node.in_, node.out_] = lines(bytes);
+    node.connect_ = lines(connect);
+    node.first_ = lines(first);
     for (const order of ["drain", "disable", "enable"]) {
       const button = make("button", "", order[0].toUpperCase() + order.slice(1));
       button.type = "button";
@@ -471,8 +475,11 @@
     say(cells.rate, perSecond(upstream.rate));
     say(node.in_, bytesPerSecond(upstream.in));
     say(node.out_, bytesPerSecond(upstream.out));
-    say(cells.connect, percentiles(value, "connect"));
-    say(cells.first, percentiles(value, "first_byte"));
+    for (const [lines, kind] of [[node.connect_, "connect"], [node.first_, "first_byte"]]) {
+      const { p50, p99 } = measured(value, kind);
+      say(lines[0], milliseconds(number(p50)));
+      say(lines[1], milliseconds(number(p99)));
+    }
     const failures = number(value.connect_failures);
     say(cells.failures, count(failures) + (upstream.failing > 0 ? ", " + perSecond(upstream.failing) : ""));
     cells.failures.classList.toggle("count-bad", upstream.failing > 0);
@@ -794,6 +801,8 @@
 
   function take(status) {
     heard = Date.now();
+    // For tests: so many events have come.
+    document.documentElement.dataset.events = String(Number(document.documentElement.dataset.events || 0) + 1);
     failure = "";
     const model = measure(status);
     // A server without rates has no history either.
