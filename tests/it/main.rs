@@ -28,4 +28,5 @@ mod see;
 mod stopping;
 mod syscalls;
 mod tidy;
+mod top;
 mod traffic;

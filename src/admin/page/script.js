@@ -335,7 +335,8 @@
     if (number(open) && number(max) && open > max * 0.8) tell("bad", "Connections", count(open) + " of at most " + count(max) + " are open");
     if (number(status.log_lines_dropped)) tell("warn", "Log", count(status.log_lines_dropped) + " lines dropped since the start: nobody reads standard output fast enough");
     list(status.warnings).forEach((warning) => tell("warn", "Configuration", words(warning)));
-    return found.sort((one, other) => (one.kind === "bad" ? 0 : 1) - (other.kind === "bad" ? 0 : 1));
+    const rank = (problem) => (problem.kind === "bad" ? 0 : 2) + (/^(Pool|Conf|Conn)/.test(problem.what) ? 0 : 1);
+    return found.sort((one, other) => rank(one) - rank(other));
   }
 
   function showProblems(model) {
