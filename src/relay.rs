@@ -216,18 +216,18 @@ impl<'a, O: Observer> Relay<'a, O> {
             return Poll::Ready(Stopped::Ended(termination));
         }
         let buffers = &mut *self.scratch.borrow_mut();
-        let (mut up_moved, mut down_moved) = (0, 0);
-        let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved, None);
-        self.observer.to_upstream(up_moved);
+        let mut up_moved = Moved::default();
+        let up = self.up.poll(cx, self.client, self.upstream, buffers, &mut up_moved);
+        self.observer.to_upstream(up_moved.bytes);
         let up = match up {
             Ok(progress) => progress,
             Err(End::Read) => return Poll::Ready(Stopped::Reset(Side::Client)),
             Err(End::Write) => return Poll::Ready(Stopped::Reset(Side::Upstream)),
         };
-        let mut head = self.observer.awaits_answer().then(Head::default);
-        let down = self.down.poll(cx, self.upstream, self.client, buffers, &mut down_moved, head.as_mut());
-        self.observer.to_client(down_moved);
-        if let Some(head) = head.filter(|head| head.is_read) {
+        let mut down_moved = Moved { bytes: 0, head: self.observer.awaits_answer().then(Head::default) };
+        let down = self.down.poll(cx, self.upstream, self.client, buffers, &mut down_moved);
+        self.observer.to_client(down_moved.bytes);
+        if let Some(head) = down_moved.head.filter(|head| head.is_read) {
             self.observer.answered(&head.bytes);
         }
         let down = match down {
@@ -252,7 +252,7 @@ impl<'a, O: Observer> Relay<'a, O> {
         if down == Progress::Done {
             self.down.shut(self.client);
         }
-        if up_moved + down_moved > 0 {
+        if up_moved.bytes + down_moved.bytes > 0 {
             self.last_active = Instant::now();
         }
         if up == Progress::Busy || down == Progress::Busy {
@@ -285,10 +285,10 @@ impl<'a, O: Observer> Relay<'a, O> {
         };
         let (mut is_read, mut least, mut since) = (false, usize::MAX, Instant::now());
         loop {
-            let mut moved = 0;
+            let mut moved = Moved::default();
             let (progress, ordered) = poll_fn(|cx| {
                 let direction = if side == Side::Client { &mut self.up } else { &mut self.down };
-                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved, None);
+                let progress = direction.poll(cx, from, to, &mut self.scratch.borrow_mut(), &mut moved);
                 if matches!(progress, Err(End::Read)) {
                     // All that it sent was read; what is pending still has to go.
                     direction.eof = true;
@@ -297,8 +297,8 @@ impl<'a, O: Observer> Relay<'a, O> {
             })
             .await;
             match side {
-                Side::Client => self.observer.to_upstream(moved),
-                Side::Upstream => self.observer.to_client(moved),
+                Side::Client => self.observer.to_upstream(moved.bytes),
+                Side::Upstream => self.observer.to_client(moved.bytes),
             }
             match progress {
                 Ok(Progress::Done) => is_read = true,
@@ -316,7 +316,7 @@ impl<'a, O: Observer> Relay<'a, O> {
             }
             // One clock for what could not be written and for what was not acknowledged: the other side takes it, or
             // it does not.
-            if moved > 0 || unacknowledged < least {
+            if moved.bytes > 0 || unacknowledged < least {
                 (least, since) = (unacknowledged, Instant::now());
             } else if since.elapsed() >= RESET_STALL_MAX {
                 return;
@@ -328,6 +328,14 @@ impl<'a, O: Observer> Relay<'a, O> {
 
 fn watch<'a>(watch: &mut Option<ErrorWatch<'a>>, stream: &'a Stream, cx: &mut Context<'_>) -> bool {
     watch.get_or_insert_with(|| stream.error_watch()).as_mut().poll(cx).is_ready()
+}
+
+/// What one look at a direction moved.
+#[derive(Debug, Default)]
+struct Moved {
+    bytes: usize,
+    /// Filled in, if it is wanted.
+    head: Option<Head>,
 }
 
 /// The beginning of a first read.
@@ -349,15 +357,14 @@ impl Direction {
     }
 
     /// Moves what can be moved. Never reads while something is pending: back-pressure is the kernel's buffers.
-    /// `moved` grows by what was written, also before an error; `head` becomes the beginning of the first read.
+    /// `moved` grows by what was written, also before an error.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
         from: &Stream,
         to: &Stream,
         buffers: &mut Buffers,
-        moved: &mut usize,
-        mut head: Option<&mut Head>,
+        moved: &mut Moved,
     ) -> Result<Progress, End> {
         for _ in 0..READS_PER_POLL {
             match self.poll_flush(cx, to, &mut buffers.pipes, moved) {
@@ -369,11 +376,11 @@ impl Direction {
                 self.give_back(&mut buffers.pipes);
                 return Ok(Progress::Done);
             }
-            if *moved >= BYTES_PER_POLL {
+            if moved.bytes >= BYTES_PER_POLL {
                 break;
             }
             let read = match self.mode {
-                Mode::Copy(bulk) => self.poll_copy(cx, from, to, &mut buffers.bytes, bulk, moved, head.take())?,
+                Mode::Copy(bulk) => self.poll_copy(cx, from, to, &mut buffers.bytes, bulk, moved)?,
                 Mode::Splice(small) => self.poll_fill(cx, from, &mut buffers.pipes, small)?,
             };
             if read.is_pending() {
@@ -392,8 +399,7 @@ impl Direction {
         to: &Stream,
         bytes: &mut [u8],
         bulk: u8,
-        moved: &mut usize,
-        head: Option<&mut Head>,
+        moved: &mut Moved,
     ) -> Result<Poll<()>, End> {
         let count = match from.poll_read(cx, bytes) {
             Poll::Pending => return Ok(Poll::Pending),
@@ -404,7 +410,7 @@ impl Direction {
             self.eof = true;
             return Ok(Poll::Ready(()));
         }
-        if let Some(head) = head {
+        if let Some(head) = moved.head.as_mut().filter(|head| !head.is_read) {
             let seen = count.min(HEAD_BYTES);
             head.bytes[..seen].copy_from_slice(&bytes[..seen]);
             head.is_read = true;
@@ -419,7 +425,7 @@ impl Direction {
             Poll::Ready(Err(_)) => return Err(End::Write),
             Poll::Ready(Ok(written)) => written,
         };
-        *moved += written;
+        moved.bytes += written;
         if written < count {
             self.pending = bytes[written..count].to_vec();
             self.written = 0;
@@ -465,13 +471,13 @@ impl Direction {
         cx: &mut Context<'_>,
         to: &Stream,
         pipes: &mut Pipes,
-        moved: &mut usize,
+        moved: &mut Moved,
     ) -> Poll<io::Result<()>> {
         while let Some(pipe) = &mut self.pipe
             && pipe.held() > 0
         {
             match ready!(to.poll_drain(cx, pipe)) {
-                Ok(count) => *moved += count,
+                Ok(count) => moved.bytes += count,
                 Err(error) if !splice::is_trouble(&error) => return Poll::Ready(Err(error)),
                 Err(_) => {
                     (self.pending, self.written) = (pipe.take()?, 0);
@@ -488,7 +494,7 @@ impl Direction {
         while self.written < self.pending.len() {
             let count = ready!(to.poll_write(cx, &self.pending[self.written..]))?;
             self.written += count;
-            *moved += count;
+            moved.bytes += count;
         }
         (self.pending, self.written) = (Vec::new(), 0);
         Poll::Ready(Ok(()))

@@ -100,6 +100,8 @@ enum Answer {
     None,
     /// Something.
     Good,
+    /// Too little to tell.
+    Unclear,
     /// What looks as if it did not take the header.
     Rejected(Rejection),
 }
@@ -179,6 +181,9 @@ impl Observer for Entry {
     }
 
     fn answered(&self, head: &[u8; HEAD_BYTES]) {
+        if Rejection::is_unclear(head) {
+            return self.answer.set(Answer::Unclear);
+        }
         // Without a header a 400 is an answer to the client.
         let rejection = Rejection::of_answer(head).filter(|_| self.has_header.get());
         self.answer.set(rejection.map_or(Answer::Good, Answer::Rejected));
@@ -359,7 +364,7 @@ impl Record {
     /// Did the upstream take the header?
     fn judge(&self, termination: Termination, duration: Duration) {
         let rejection = match (self.header, self.entry.answer.get()) {
-            (None, _) | (_, Answer::Good) => None,
+            (None, _) | (_, Answer::Good | Answer::Unclear) => None,
             (_, Answer::Rejected(rejection)) => Some(rejection),
             (_, Answer::None) => Rejection::of_end(termination, self.entry.bytes_in.get(), duration.as_secs())
                 .filter(|_| self.entry.bytes_out.get() == 0),

@@ -53,6 +53,11 @@ impl Rejection {
         }
     }
 
+    /// Is the beginning of an answer too short to tell?
+    pub fn is_unclear(head: &[u8; HEAD_BYTES]) -> bool {
+        head.starts_with(b"HTTP/1.") && head[HEAD_BYTES - 1] == 0
+    }
+
     /// Of the first bytes of an answer.
     pub fn of_answer(head: &[u8; HEAD_BYTES]) -> Option<Rejection> {
         match head {
@@ -101,12 +106,18 @@ mod tests {
             (b"HTTP/1.1 200", None),
             (b"HTTP/2.0 400", None),
             (b"220 mail ESM", None),
-            (b"H", None),
+            (b"HTTP/1.1 ", None),
             (&[21, 3, 3, 0, 2, 2, 70], Some(Rejection::TlsAlert)),
             (&[22, 3, 3, 0, 90, 2, 0, 0, 86, 3, 3, 1], None),
         ] {
             assert_eq!(Rejection::of_answer(&head(bytes)), expected, "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn half_a_status_line_says_nothing() {
+        assert!(Rejection::is_unclear(&head(b"HTTP/1.1 40")));
+        assert!(!Rejection::is_unclear(&head(b"HTTP/1.1 400")) && !Rejection::is_unclear(&head(b"220 ")));
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod exchange;
 mod hostile;
 mod integrity;
 mod load;
+mod look;
 mod measured;
 mod monitoring;
 mod netns;
