@@ -20,7 +20,7 @@ use tokio::runtime::LocalOptions;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval_at, sleep_until};
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use crate::admin::{self, Listener, announce};
 use crate::config::error::Style;
@@ -216,8 +216,7 @@ async fn run_until_stopped(
     signals: &mut Signals,
 ) {
     let Signals { hangup, terminate, interrupt } = signals;
-    // A first interval of no length would make rates of a few connections look like a flood for ten minutes.
-    let mut tick = interval_at((Instant::now() + history::INTERVAL).into(), history::INTERVAL);
+    let mut tick = interval(history::INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = Stopping::No;
     let open = Arc::clone(&state.open);
