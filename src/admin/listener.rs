@@ -30,7 +30,7 @@ enum Socket {
 /// From where a listener can be reached, which decides what its callers have to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// Whoever the file's mode lets in; no browser.
+    /// Whoever the file's mode lets in; a browser only where somebody forwards a port to it.
     Unix,
     /// Everyone on this machine, also the web pages in its browsers.
     Loopback,

@@ -1,9 +1,11 @@
 //! The admin API over HTTP: probes, metrics, status, and the operator's orders, all of it questions to the control thread.
 
 pub mod announce;
+mod events;
 pub mod guard;
 mod listener;
 mod look;
+mod page;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -32,6 +34,7 @@ use crate::control::probes::Probes;
 use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped};
 use crate::metrics;
 use crate::pool::AdminState;
+use events::Events;
 use guard::Refusal;
 use listener::{Reach, Stream};
 
@@ -65,9 +68,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// `User-Agent` of `preface reload`, `drain` and the like.
 pub const COMMAND_LINE_AGENT: &str = concat!("preface/", env!("CARGO_PKG_VERSION"));
 
-/// What `GET /` answers.
+/// What `GET /` answers to everything but a browser, which gets the page.
 const INDEX: &str = "\
-preface admin API
+preface admin API; a browser gets the status page here
 
 GET  /livez      200 while the control loop and every worker turn
 GET  /readyz     200 while configured, listening and not stopping
@@ -76,6 +79,7 @@ GET  /status     listeners, pools, upstreams, the last reload (JSON)
 GET  /history    rates and latencies of the last ten minutes (JSON)
 GET  /connections?listener=&pool=&client=CIDR    open connections (JSON)
 GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the header that was sent; &follow=1: new ones
+GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
 POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
@@ -113,7 +117,8 @@ pub enum Scope {
 
 /// Serve until `stop`; then answers under way have a second.
 pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = ()>) {
-    let service = TowerToHyperService::new(router(state, listener.reach()));
+    let events = Events::new(state.control.clone());
+    let service = TowerToHyperService::new(router(state, events.clone(), listener.reach()));
     let (stopping, stopped) = watch::channel(());
     let mut connections = JoinSet::new();
     let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
@@ -136,6 +141,7 @@ pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = 
         }
         by_age.push_back(connections.spawn(serve_connection(stream, service.clone(), stopped.clone())));
     }
+    events.stop();
     drop((listener, stopping));
     let _ = timeout(STOP_TIMEOUT, async { while connections.join_next().await.is_some() {} }).await;
 }
@@ -163,23 +169,24 @@ async fn serve_connection(
 #[derive(Clone, Debug)]
 struct Server {
     state: State,
+    events: Events,
     reach: Reach,
 }
 
-fn router(state: State, reach: Reach) -> Router {
+fn router(state: State, events: Events, reach: Reach) -> Router {
     let scope = state.scope;
-    let server = Server { state, reach };
+    let server = Server { state, events, reach };
     let probes = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz));
     let metrics = Router::new().route("/metrics", get(metrics));
     let all = match scope {
         Scope::Probes => probes.merge(metrics),
         Scope::All => {
             let reads = metrics
-                .route("/", get(|| async { INDEX }))
                 .route("/status", get(status))
                 .route("/history", get(history))
                 .route("/connections", get(look::connections))
                 .route("/tap", get(look::tap))
+                .route("/events", get(follow))
                 .route("/config", get(config))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
             let mutations = Router::new()
@@ -189,7 +196,7 @@ fn router(state: State, reach: Reach) -> Router {
                 .route("/pools/{pool}/{order}", post(order_pool))
                 .route("/pools/{pool}/upstreams/{address}/{order}", post(order_upstream))
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_mutation));
-            probes.merge(reads).merge(mutations)
+            probes.route("/", get(index)).merge(reads).merge(mutations)
         }
     };
     all.fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path; GET / lists them") })
@@ -233,6 +240,16 @@ fn probe(result: Result<(), impl std::fmt::Display>) -> (StatusCode, String) {
 async fn metrics(Shared(server): Shared<Server>) -> Result<impl IntoResponse, Refusal> {
     let text = answer(server.state.control.metrics()).await?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
+}
+
+/// Without the guard, so that a browser, which cannot show a token yet, comes as far as being asked for it.
+async fn index(headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    if accept.contains("text/html") { page::page() } else { ([(header::VARY, "accept")], INDEX).into_response() }
+}
+
+async fn follow(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    server.events.follow()
 }
 
 async fn status(Shared(server): Shared<Server>) -> Result<Response, Refusal> {

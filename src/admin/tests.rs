@@ -290,6 +290,7 @@ async fn refuses_what_a_web_page_or_a_stranger_could_send() {
         ("network", &network, "GET /readyz\nHost: lb.example".to_owned()),
         ("careless", &careless, format!("{post}localhost")),
         ("unix", &unix, format!("{post}whatever")),
+        ("unix", &unix, format!("{post}rebound.example\nOrigin: http://rebound.example")),
     ];
     let mut outcome = String::new();
     for (name, admin, request) in table {
@@ -364,4 +365,73 @@ async fn long_heads_and_bodies_are_refused_or_left_unread() {
     assert_eq!(admin.ask(&head).await.0, 431);
     let body = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nContent-Length: 1000000000000";
     assert_eq!(admin.ask(body).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_browser_gets_the_page_and_everything_else_the_list_of_paths() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("token");
+    std::fs::write(&path, "s3cret").unwrap();
+    let access = Access { token_file: Some(path), ..Access::default() };
+    let admin = served("0.0.0.0:0", access);
+    let browser = "GET / HTTP/1.1\nHost: lb.example\nAccept: text/html,application/xhtml+xml";
+    let (status, page) = admin.ask(browser).await;
+    assert_eq!(status, 200, "a browser has no token before the page has asked for it");
+    assert!(page.starts_with("<!doctype html>"), "{page}");
+    let (status, paths) = admin.ask("GET / HTTP/1.1\nHost: lb.example\nAccept: */*").await;
+    assert_eq!((status, paths.as_str()), (200, INDEX));
+    assert_eq!(admin.ask("GET /events HTTP/1.1\nHost: lb.example").await.0, 401);
+}
+
+/// A follower, past its first event.
+async fn follower(admin: &Served) -> (TcpStream, String) {
+    let mut stream = TcpStream::connect(admin.tcp()).await.unwrap();
+    stream.write_all(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    let text = read_until(&mut stream, "data: ").await;
+    (stream, text)
+}
+
+async fn read_until(stream: &mut TcpStream, what: &str) -> String {
+    let mut text = String::new();
+    let mut bytes = [0; 4096];
+    while !text.contains(what) {
+        let count = stream.read(&mut bytes).await.unwrap();
+        if count == 0 {
+            break;
+        }
+        text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+    }
+    text
+}
+
+#[tokio::test]
+async fn events_are_built_once_for_all_who_follow_and_end_with_the_server() {
+    let (control, mut commands) = control::channel();
+    let built = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    tokio::spawn({
+        let built = Arc::clone(&built);
+        async move {
+            while let Some(command) = commands.recv().await {
+                let Command::Status(reply) = command else { continue };
+                let number = built.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let _ = reply.send(json!({ "number": number, "line\n": "a\nb" }));
+            }
+        }
+    });
+    let admin = served_by(announce::parse("127.0.0.1:0").unwrap(), Access::default(), Scope::All, control);
+    let (mut first, text) = follower(&admin).await;
+    assert!(text.contains("content-type: text/event-stream\r\n"), "{text}");
+    assert!(text.contains("event: status\ndata: {\"line\\n\":\"a\\nb\",\"number\":0}\n\n"), "{text}");
+    let mut others = Vec::new();
+    for _ in 1..events::FOLLOWERS_MAX {
+        others.push(follower(&admin).await.0);
+    }
+    let (status, text) = admin.ask("GET /events HTTP/1.1\nHost: localhost").await;
+    assert_eq!(status, 503, "one too many: {text}");
+    assert!(text.contains("16 pages follow already"), "{text}");
+    let next = read_until(&mut first, "data: ").await;
+    let count = built.load(std::sync::atomic::Ordering::Relaxed);
+    assert!(count < events::FOLLOWERS_MAX && next.contains("\"number\":"), "{count} built, {next}");
+    admin.stop().await;
+    assert!(read_until(&mut first, "\r\n0\r\n\r\n").await.contains("0\r\n\r\n"), "a stream ends in good order");
 }

@@ -181,6 +181,11 @@ fn reachable(bind: AdminBind) -> AdminBind {
 }
 
 impl Client {
+    /// As in `[admin] bind`.
+    pub fn address(&self) -> String {
+        announce::address_text(&self.bind)
+    }
+
     /// Ask and wait this long for the answer.
     pub fn get(&self, path: &str, within: Duration) -> anyhow::Result<Answer> {
         self.call(Method::GET, path, within)

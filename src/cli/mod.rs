@@ -13,6 +13,7 @@ pub mod order;
 pub mod reload;
 pub mod run;
 pub mod schema;
+pub mod top;
 pub mod whoami;
 
 use std::io::{self, Write};
@@ -48,6 +49,7 @@ enum Command {
     Whoami(whoami::Args),
     Decode(decode::Args),
     Doctor(doctor::Args),
+    Top(top::Args),
     Reload(reload::Args),
     Drain(order::DrainArgs),
     Disable(order::DisableArgs),
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Whoami(args) => whoami::run(args),
         Command::Decode(args) => decode::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Top(args) => top::run(args),
         Command::Reload(args) => reload::run(args),
         Command::Drain(args) => order::drain(args),
         Command::Disable(args) => order::disable(args),

@@ -99,14 +99,18 @@ pub fn enable(args: EnableArgs) -> anyhow::Result<()> {
 /// An upstream and its open connections.
 type Open = (String, u64);
 
-/// Give the order, print what became of which upstream, and return these.
-fn give(client: &Client, target: &Target, order: &str) -> anyhow::Result<Vec<Open>> {
-    let pool = encoded(&target.pool);
-    let path = match &target.address {
+/// Where an order for an upstream, or for all of a pool, is posted.
+pub(super) fn path(pool: &str, address: Option<&str>, order: &str) -> String {
+    let pool = encoded(pool);
+    match address {
         Some(address) => format!("/pools/{pool}/upstreams/{}/{order}", encoded(address)),
         None => format!("/pools/{pool}/{order}"),
-    };
-    let reply = client.post(&path, TIMEOUT)?.json()?;
+    }
+}
+
+/// Give the order, print what became of which upstream, and return these.
+fn give(client: &Client, target: &Target, order: &str) -> anyhow::Result<Vec<Open>> {
+    let reply = client.post(&path(&target.pool, target.address.as_deref(), order), TIMEOUT)?.json()?;
     let upstreams = upstreams(&reply["upstreams"]).with_context(|| format!("{client} answered no upstreams"))?;
     let admin = reply["admin"].as_str().unwrap_or_default();
     let lines: String = upstreams.iter().map(|open| format!("{} {admin}, {}\n", open.0, counted(open.1))).collect();

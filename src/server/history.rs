@@ -239,7 +239,8 @@ impl History {
 
     /// Ends an interval: a point for everything that there is.
     pub fn sample(&mut self, inputs: &Inputs, pools: impl Iterator<Item = String>, open: usize, now: Instant) {
-        let elapsed = now.duration_since(self.sampled).max(Duration::from_millis(1));
+        // The first interval has no length: what came in it must not look like a flood for ten minutes.
+        let elapsed = now.duration_since(self.sampled).max(INTERVAL / 5);
         self.sampled = now;
         self.times.push_back(SystemTime::now());
         if self.times.len() > POINTS_MAX {

@@ -1,6 +1,7 @@
 //! What the integration tests are written with. Start at `preface`; the rest are clients, receivers and places.
 
 mod balancer;
+pub mod browser;
 pub mod client;
 #[allow(dead_code, reason = "the unit tests of server::watch include it too, and use more of it")]
 pub mod configmap;

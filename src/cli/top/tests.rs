@@ -1,0 +1,201 @@
+//! The screen of `preface top` as it looks, and what keys do to it. No terminal, no server.
+
+use ratatui::Terminal;
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+use serde_json::json;
+
+use super::model::Model;
+use super::view::{Action, Mode, Order, Sort, Target, View};
+use super::*;
+
+fn upstream(address: &str, health: &str, reason: &str, admin: &str, per_second: f64) -> Value {
+    let latency = json!({ "count": 10, "p50": per_second / 100.0, "p99": per_second / 4.0 });
+    let ordered = (admin != "enabled").then_some("2026-11-21T04:30:00.000Z");
+    json!({
+        "address": address, "health": health, "health_reason": reason, "health_since": "2026-11-21T04:26:00.000Z",
+        "admin": admin, "admin_since": ordered, "admin_by": ordered.map(|_| "command line"),
+        "header": "v2", "open": (per_second * 3.0) as u64, "connect_failures": if health == "unhealthy" { 31 } else { 0 },
+        "rates": {
+            "connections_per_s": per_second, "failures_per_s": if health == "unhealthy" { 2.4 } else { 0.0 },
+            "bytes_in_per_s": per_second * 700.0, "bytes_out_per_s": per_second * 90_000.0,
+        },
+        "latency": { "connect_ms": { "last_minute": latency }, "first_byte_ms": { "last_minute": latency } },
+    })
+}
+
+fn status() -> Value {
+    let rates = json!({
+        "connections_per_s": 536.2, "failures_per_s": 2.0, "bytes_in_per_s": 380e3, "bytes_out_per_s": 48.1e6
+    });
+    let none =
+        json!({ "connections_per_s": 0.0, "failures_per_s": 0.0, "bytes_in_per_s": 0.0, "bytes_out_per_s": 0.0 });
+    json!({
+        "version": "0.1.0", "state": "running", "time": "2026-11-21T04:38:07.120Z", "started": "2026-11-18T02:00:00.000Z",
+        "connections": { "open": 1609, "max": 9695 }, "rates": rates,
+        "pools": {
+            "ingress": { "usable": true, "rates": rates, "upstreams": [
+                upstream("10.0.0.30:80", "healthy", "200 OK in 1.2 ms", "enabled", 412.0),
+                upstream("10.0.0.31:80", "unhealthy", "connection refused", "enabled", 0.0),
+                upstream("10.0.0.32:80", "healthy", "200 OK in 0.9 ms", "draining", 0.3),
+                upstream("[2001:db8:85a3::8a2e:370:7334]:8080", "healthy", "200 OK in 1.1 ms", "enabled", 124.0),
+            ] },
+            "mail": { "usable": false, "rates": none, "upstreams": [
+                upstream("10.0.0.50:10025", "unhealthy", "no answer within 2 s", "enabled", 0.0),
+            ] },
+        },
+        "reloads": [{ "outcome": "refused", "errors": ["error: no pool named \"ingres\"; did you mean \"ingress\"?\n  --> preface.toml:3:8"] }],
+    })
+}
+
+/// The screen as text.
+fn screen(scene: &Scene, width: u16, height: u16) -> String {
+    let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+    terminal.draw(|frame| draw::draw(scene, frame.area(), frame.buffer_mut())).unwrap();
+    terminal.backend().to_string()
+}
+
+fn shown(model: &Model, view: &View, width: u16, height: u16) -> String {
+    screen(&Scene { model: Some(model), address: "127.0.0.1:9900", silence: None, view }, width, height)
+}
+
+fn press(view: &mut View, model: &Model, keys: &str) -> Option<Action> {
+    let mut action = None;
+    for key in keys.chars() {
+        let code = match key {
+            '\n' => KeyCode::Enter,
+            '\x1b' => KeyCode::Esc,
+            '\x08' => KeyCode::Backspace,
+            key => KeyCode::Char(key),
+        };
+        action = view.key(KeyEvent::new(code, KeyModifiers::NONE), model);
+    }
+    action
+}
+
+#[test]
+fn fits_a_terminal_of_80_by_24() {
+    let model = Model::of_status(&status());
+    let mut view = View::default();
+    insta::assert_snapshot!(shown(&model, &view, 80, 24));
+    press(&mut view, &model, "jj");
+    insta::assert_snapshot!("two_down", shown(&model, &view, 80, 24));
+}
+
+#[test]
+fn a_wider_terminal_shows_more() {
+    let model = Model::of_status(&status());
+    insta::assert_snapshot!(shown(&model, &View::default(), 140, 20));
+}
+
+#[test]
+fn questions_filter_and_help_say_what_keys_mean() {
+    let model = Model::of_status(&status());
+    let mut view = View::default();
+    press(&mut view, &model, "jd");
+    let last = |view: &View| shown(&model, view, 80, 24).lines().last().unwrap().to_owned();
+    let mut lines = vec![last(&view)];
+    press(&mut view, &model, "nkx");
+    lines.push(last(&view));
+    press(&mut view, &model, "n/unh");
+    lines.push(last(&view));
+    press(&mut view, &model, "\ns");
+    lines.push(last(&view));
+    view.said = Some(Err("not done: no pool named \"mail\"".to_owned()));
+    lines.push(last(&view));
+    insta::assert_snapshot!(lines.join("\n"));
+    press(&mut view, &model, "?");
+    insta::assert_snapshot!("help", shown(&model, &view, 80, 24));
+}
+
+#[test]
+fn a_process_that_is_gone_is_said_and_what_was_known_stays() {
+    let view = View::default();
+    let why = "no preface answers on 127.0.0.1:9900 (from --admin): Connection refused";
+    let scene = Scene { model: None, address: "127.0.0.1:9900", silence: Some((why, 3)), view: &view };
+    insta::assert_snapshot!(screen(&scene, 80, 6));
+    let model = Model::of_status(&status());
+    let text = screen(&Scene { model: Some(&model), ..scene }, 80, 24);
+    assert!(text.contains("no answer for 3s: no preface answers") && text.contains("10.0.0.30:80"), "{text}");
+}
+
+#[test]
+fn a_small_terminal_or_a_status_of_another_version_breaks_nothing() {
+    for status in [status(), json!({}), json!([]), json!({ "pools": { "p": { "upstreams": [{}] } }, "reloads": 7 })] {
+        let model = Model::of_status(&status);
+        for (width, height) in [(1, 1), (10, 3), (30, 8), (79, 23), (300, 100)] {
+            let mut view = View::default();
+            shown(&model, &view, width, height);
+            press(&mut view, &model, "GsssssGd?");
+            shown(&model, &view, width, height);
+        }
+    }
+}
+
+#[test]
+fn names_cannot_move_the_cursor() {
+    let model = Model::of_status(&json!({ "pools": { "a\x1b[2Jb": { "upstreams": [
+        upstream("x\r\ny", "unhealthy", "bad\x07 \u{9b}1m", "enabled", 1.0),
+    ] } } }));
+    let text = shown(&model, &View::default(), 100, 20);
+    assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
+}
+
+#[test]
+fn an_order_is_given_after_a_yes_to_the_row_that_was_chosen() {
+    let model = Model::of_status(&status());
+    let mut view = View::default();
+    let of = |address: Option<&str>| Target { pool: "ingress".to_owned(), address: address.map(str::to_owned) };
+    assert_eq!(press(&mut view, &model, "jd"), None);
+    assert_eq!(view.mode, Mode::Confirm(Order::Drain, of(Some("10.0.0.30:80"))));
+    assert_eq!(press(&mut view, &model, "d"), None, "neither yes nor no");
+    assert_eq!(press(&mut view, &model, "y"), Some(Action::Give(Order::Drain, of(Some("10.0.0.30:80")))));
+    assert_eq!(press(&mut view, &model, "xn"), None);
+    assert_eq!(view.mode, Mode::Rows);
+    assert_eq!(
+        press(&mut view, &model, "ge\n"),
+        Some(Action::Give(Order::Enable, of(None))),
+        "a pool's row: all of it"
+    );
+    assert_eq!(press(&mut view, &model, "dq"), None, "a question is refused before anything ends");
+    assert_eq!(press(&mut view, &model, "q"), Some(Action::Quit));
+    let interrupt = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
+    view.mode = Mode::Filter;
+    assert_eq!(view.key(interrupt, &model), Some(Action::Quit));
+}
+
+#[test]
+fn rows_are_sorted_and_filtered_and_the_chosen_one_stays_chosen() {
+    let model = Model::of_status(&status());
+    let mut view = View::default();
+    let addresses = |view: &View| -> Vec<String> {
+        view.rows(&model).iter().map(|row| row.target().address.unwrap_or_else(|| row.target().pool)).collect()
+    };
+    assert_eq!(addresses(&view)[..2], ["ingress", "10.0.0.30:80"]);
+    press(&mut view, &model, "jjj");
+    assert_eq!(view.selected_index(&view.rows(&model)), 3);
+    press(&mut view, &model, "s");
+    assert_eq!(view.sort, Sort::State);
+    assert_eq!(addresses(&view)[..3], ["10.0.0.31:80", "10.0.0.50:10025", "10.0.0.32:80"]);
+    assert_eq!(view.selected_index(&view.rows(&model)), 2, "10.0.0.32:80 as before");
+    press(&mut view, &model, "sssss");
+    assert_eq!(view.sort, Sort::Pool);
+    for (typed, rows) in [
+        ("/healthy\n", 4), // with their pool; not the unhealthy ones
+        ("/\x1b/UNHEALTHY\n", 4),
+        ("/\x1b/2001:db8\n", 2),
+        ("/\x1b/mail\n", 2),
+        ("/\x1b/draining\n", 2),
+        ("/\x1b/refused\n", 2),
+        ("/\x1b/mailx\x08\n", 2),
+        ("/\x1b/nothing\n", 0),
+        ("\x1b", 7),
+    ] {
+        press(&mut view, &model, typed);
+        assert_eq!(view.rows(&model).len(), rows, "{typed:?}");
+    }
+}
+
+#[test]
+fn one_frame_is_text_without_keys() {
+    insta::assert_snapshot!(frame(&Model::of_status(&status()), "unix:/run/preface/admin.sock"));
+}

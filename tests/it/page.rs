@@ -1,0 +1,149 @@
+//! The status page in a real browser: what it shows, that it stays up to date, and that its buttons do what they say.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+
+use crate::reload::list;
+use crate::support::browser::{Browser, forward_to};
+use crate::support::ports::free_port;
+use crate::support::receiver::say_who;
+use crate::support::{Balancer, Receiver, eventually, preface};
+
+/// One connection from beginning to end.
+fn exchange(balancer: &Balancer, listener: &str) {
+    let mut client = balancer.connect(listener);
+    client.write_all(b"hello").expect("it is sent");
+    client.shutdown(Shutdown::Write).expect("it is closed");
+    client.read_to_end(&mut Vec::new()).expect("an answer");
+}
+
+/// The page through a tunnel, as an operator opens it.
+fn open(balancer: &Balancer) -> Browser {
+    let browser = Browser::start();
+    browser.open(&format!("http://localhost:{}/", forward_to(balancer.admin_socket())));
+    browser.wait_for("#live", "live", |text| text.starts_with("live "));
+    browser
+}
+
+/// A pool that serves behind a listener, and one of which an upstream is down.
+fn config(serving: &Receiver, dead: u16, more: &str) -> String {
+    format!(
+        "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"ingress\"\n\
+         [pools.ingress]\nproxy_protocol = \"v2\"\nupstreams = {}\n\
+         [pools.down]\nupstreams = [\"127.0.0.1:{dead}\"]\n[pools.down.health_check]\n{more}",
+        list([serving.address].into_iter())
+    )
+}
+
+#[test]
+fn shows_what_there_is_and_what_happens() {
+    let receiver = Receiver::with_header(say_who);
+    let dead = free_port();
+    let mut balancer = preface(&config(&receiver, dead, ""));
+    let browser = open(&balancer);
+    let pools = browser.wait_for("#pools", "the upstream that is down", |text| text.contains("unhealthy"));
+    for part in ["Pool ingress", &receiver.address.to_string(), "Pool down", &format!("127.0.0.1:{dead}")] {
+        assert!(pools.contains(part), "no {part} in {pools}");
+    }
+    let problems = browser.text("#problems");
+    assert!(problems.contains(&format!("down 127.0.0.1:{dead}")) && problems.contains("refused"), "{problems}");
+
+    for _ in 0..3 {
+        exchange(&balancer, "web");
+    }
+    browser.wait_for("#listeners", "three accepted", |text| text.contains("v2 3"));
+    browser.wait_for("#ends", "the end and its count", |text| text.contains("relay.closed") && text.contains('3'));
+    browser.wait_for("#pools", "a percentile", |text| text.contains(" ms"));
+    let drawn = "return document.querySelector('#listeners polyline').getAttribute('points').split(' ').length > 1";
+    eventually("the plot has a line", || (browser.run(drawn) == true).then_some(()));
+
+    // The header of a connection, field by field.
+    browser.wait_for("#tap", "three connections", |text| text.matches("v2, ").count() == 3);
+    browser.click("#tap tbody button");
+    let header = browser.wait_for("#tap .detail", "the signature", |text| text.contains("0d 0a 0d 0a 00 0d 0a"));
+    let client = receiver.arrivals().last().expect("three came").client().to_string();
+    assert!(header.contains(&client), "{client} is not in {header}");
+
+    // What a reload changed, and why one was refused.
+    balancer.apply(&config(&receiver, dead, "interval = \"2s\"\n"));
+    browser.wait_for("#reloads", "a reload", |text| text.contains("applied") && text.contains("health_check"));
+    balancer.rewrite_config("[listeners.web]\nbind = 7 # <img src=x onerror=alert(1)>\n");
+    browser.wait_for("#problems", "the refused reload", |text| text.contains("was refused"));
+    browser.wait_for("#reloads", "its errors", |text| text.contains("refused") && text.contains("<img src=x"));
+    assert_eq!(browser.run("return document.images.length"), 0, "what the file says is text, not HTML");
+    assert_eq!(browser.console(), Vec::<String>::new());
+}
+
+#[test]
+fn a_button_drains_after_a_yes_and_takes_it_back() {
+    let receiver = Receiver::with_header(say_who);
+    let balancer = preface(&config(&receiver, free_port(), ""));
+    let browser = open(&balancer);
+    let address = receiver.address;
+    let row = format!("tr[data-address='{address}']");
+    let admin = || balancer.upstream("ingress", address)["admin"].clone();
+
+    browser.wait_for(&row, "its button", |text| text.contains("Drain"));
+    browser.click(&format!("{row} [data-order=drain]"));
+    let question = browser.text("dialog[open]");
+    assert!(question.contains(&format!("Drain {address}?")), "{question}");
+    assert!(question.contains("the last healthy and enabled upstream of this pool"), "{question}");
+    browser.click("dialog [value=no]");
+    assert_eq!(admin(), "enabled");
+
+    browser.click(&format!("{row} [data-order=drain]"));
+    browser.click("dialog .sure");
+    browser.wait_for(&row, "draining, by whom", |text| text.contains("draining") && text.contains("by admin api"));
+    assert_eq!(admin(), "draining");
+    browser.click(&format!("{row} [data-order=enable]"));
+    browser.click("dialog .sure");
+    browser.wait_for(&row, "enabled", |text| text.contains("enabled") && !text.contains("draining"));
+    assert_eq!(admin(), "enabled");
+    assert_eq!(browser.console(), Vec::<String>::new());
+}
+
+#[test]
+fn asks_for_the_token_where_one_is_needed() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("token");
+    std::fs::write(&file, "s3cret\n").expect("it is written");
+    let receiver = Receiver::with_header(say_who);
+    let token = format!("[admin]\ntoken_file = {file:?}\n");
+    let balancer = preface(&config(&receiver, free_port(), &token));
+    let browser = open(&balancer);
+    let address = receiver.address;
+    let row = format!("tr[data-address='{address}']");
+    browser.wait_for(&row, "its button", |text| text.contains("Disable"));
+    browser.click(&format!("{row} [data-order=disable]"));
+    browser.click("dialog .sure");
+    browser.wait_for("dialog[open]", "the question", |text| text.contains("wants the token"));
+    browser.type_into("dialog input", "wrong");
+    browser.click("dialog .sure");
+    browser.wait_for("dialog[open]", "the answer", |text| text.contains("that is not the token"));
+    assert_eq!(balancer.upstream("ingress", address)["admin"], "enabled");
+    browser.type_into("dialog input", "s3cret\u{e007}");
+    browser.wait_for(&row, "disabled", |text| text.contains("disabled"));
+    assert_eq!(balancer.upstream("ingress", address)["admin"], "disabled");
+}
+
+#[test]
+fn pause_keeps_the_page_as_it_is_and_an_end_of_the_process_is_said() {
+    let receiver = Receiver::with_header(say_who);
+    let mut balancer = preface(&config(&receiver, free_port(), ""));
+    let browser = open(&balancer);
+    browser.click("#pause");
+    browser.wait_for("#live", "paused", |text| text.starts_with("paused at "));
+    let before = browser.text("#listeners");
+    exchange(&balancer, "web");
+    let counted = || balancer.status()["listeners"]["web"]["accepted"] == 1;
+    eventually("the connection is counted", || counted().then_some(()));
+    let events = || browser.run("return Number(document.documentElement.dataset.events)").as_u64();
+    let seen = events();
+    eventually("the page has heard of it", || (events() >= seen.map(|seen| seen + 2)).then_some(()));
+    assert_eq!(browser.text("#listeners"), before);
+    browser.click("#pause");
+    browser.wait_for("#listeners", "the connection", |text| text.contains("v2 1"));
+    balancer.signal(rustix::process::Signal::TERM);
+    assert!(balancer.wait_exit().success());
+    browser.wait_for("#live", "the silence", |text| text.starts_with("no answer for "));
+}
