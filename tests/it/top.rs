@@ -159,6 +159,21 @@ fn gives_the_terminal_back_when_it_is_told_to_end() {
 }
 
 #[test]
+fn ends_with_the_terminal_that_it_was_in() {
+    let receiver = Receiver::with_header(say_who);
+    let balancer = preface(&config(&receiver));
+    let terminal = Terminal::start(&at(&balancer.admin_socket()));
+    terminal.wait_for("the upstream", |screen| screen.contains(&receiver.address.to_string()));
+    let process = format!("/proc/{}/stat", terminal.id());
+    terminal.tmux(&["kill-server"]);
+    let has_ended = || match std::fs::read_to_string(&process) {
+        Ok(stat) => stat.contains(") Z ").then_some(()),
+        Err(_) => Some(()),
+    };
+    eventually("it is no more", has_ended);
+}
+
+#[test]
 fn prints_one_frame_where_there_is_no_terminal() {
     let receiver = Receiver::with_header(say_who);
     let balancer = preface(&config(&receiver));

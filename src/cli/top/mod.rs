@@ -64,6 +64,9 @@ enum News {
     End,
 }
 
+/// From a signal to the end, at most.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
 /// Tells the screen that its thread has come to an end, also by a panic.
 struct Ending(Sender<News>);
 
@@ -131,14 +134,19 @@ fn watch_signals(news: Sender<News>) -> anyhow::Result<()> {
     };
     drop(entered);
     spawn("signals", move || {
-        let _ending = Ending(news);
+        let ending = Ending(news);
         runtime.block_on(async {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
                 _ = hangup.recv() => {}
             }
+            drop(ending);
+            // Who reads keys from a terminal that is gone never comes back from it.
+            tokio::time::sleep(LAST_WORDS).await;
         });
+        ratatui::restore();
+        std::process::exit(1);
     })
 }
 
