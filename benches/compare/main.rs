@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod bare;
+pub mod datagrams;
 pub mod load;
 pub mod measure;
 pub mod peers;
@@ -33,7 +34,7 @@ const DESCRIPTORS: u64 = 65_536;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "benches/compare/run", no_binary_name = true)]
 pub struct Options {
-    /// Rows: bulk, pingpong, short, idle, reload, scaling, or what --list shows
+    /// Rows: bulk, pingpong, short, udp, idle, reload, scaling, or what --list shows
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
     /// Candidates: direct, preface, preface-log-on, bare, haproxy, nginx, envoy; -tuned for a tuned one alone
@@ -121,6 +122,7 @@ pub fn compare(options: &Options, words: &[String]) -> anyhow::Result<Vec<String
         cpus: vec![],
         workers: 1,
         reloads: false,
+        datagrams: false,
     };
     let begun = Instant::now();
     let versions = versions(&setup, &rows);

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -109,6 +109,8 @@ pub struct Setup {
     pub workers: usize,
     /// Started so that it can reload: with a master process where it needs one.
     pub reloads: bool,
+    /// UDP instead of TCP.
+    pub datagrams: bool,
 }
 
 /// Process groups that must not survive us.
@@ -219,7 +221,7 @@ impl Running {
     }
 
     fn config(&self) -> String {
-        let Setup { upstream, workers, directory, .. } = &self.setup;
+        let Setup { upstream, workers, directory, datagrams, .. } = &self.setup;
         let target = self.target;
         // What changes from one reload to the next.
         let connect_s = 5 + self.reloads % 2;
@@ -227,11 +229,12 @@ impl Running {
         match self.kind {
             Kind::Preface | Kind::PrefaceLog | Kind::Headerless => {
                 let header = if self.kind == Kind::Headerless { "off" } else { "v2" };
+                let protocol = if *datagrams { "udp" } else { "tcp" };
                 let log = if self.kind == Kind::PrefaceLog { "all" } else { "off" };
                 let socket = self.file("sock");
                 format!(
                     "[runtime]\nworkers = {workers}\n[log]\nconnections = \"{log}\"\n[admin]\nbind = \"unix:{}\"\n\
-                     [listeners.bench]\nbind = \"{target}\"\npool = \"bench\"\n\
+                     [listeners.bench]\nbind = \"{target}\"\nprotocol = \"{protocol}\"\npool = \"bench\"\n\
                      [pools.bench]\nproxy_protocol = \"{header}\"\nconnect_timeout = \"{connect_s}s\"\n\
                      connect_deadline = \"10s\"\nupstreams = [\"{upstream}\"]\n",
                     socket.display()
@@ -253,11 +256,16 @@ impl Running {
                 let module = Path::new(NGINX_MODULE);
                 let load = if module.exists() { format!("load_module {NGINX_MODULE};\n") } else { String::new() };
                 let user = if rustix::process::getuid().is_root() { "user root;\n" } else { "" };
+                let (listen, header) = match (datagrams, tuned) {
+                    (false, _) => ("", "proxy_protocol on; "),
+                    (true, false) => (" udp", ""),
+                    (true, true) => (" udp rcvbuf=4m sndbuf=4m", ""),
+                };
                 let (events, server) = if tuned { ("multi_accept on; ", "proxy_buffer_size 64k; ") } else { ("", "") };
                 format!(
                     "{load}{user}daemon off;\nworker_processes {workers};\nworker_rlimit_nofile {};\n\
                      pid {directory}/{}.pid;\nevents {{ worker_connections 32768; {events}}}\n\
-                     stream {{ server {{ listen {target}; proxy_pass {upstream}; proxy_protocol on; \
+                     stream {{ server {{ listen {target}{listen}; proxy_pass {upstream}; {header}\
                      proxy_timeout 1h; proxy_connect_timeout {connect_s}s; {server}}} }}\n",
                     preface::net::limits::raise_descriptor_limit(),
                     self.kind.name().replace(' ', "")
@@ -379,7 +387,7 @@ fn free_address() -> io::Result<SocketAddr> {
         *next += 1;
         let number = (std::process::id() % u32::from(COUNT)) as u16;
         let address = SocketAddr::from(([127, 0, 0, 1], FIRST + (number + *next * 3) % COUNT));
-        if TcpListener::bind(address).is_ok() {
+        if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
             return Ok(address);
         }
     }

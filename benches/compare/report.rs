@@ -92,7 +92,7 @@ impl Report {
         let mut text = format!(
             "# preface beside others\n\n{} on {}.\n{}.\n`{}`, {} {} of each, interleaved; median [least - greatest].\n\n\
              One worker each, on a processor of its own; generator and backend on {}. Every candidate sends PROXY protocol v2; \
-             nginx v1, the only version that its stream module writes. The backend checks each header. CPU seconds are \
+             nginx v1, the only version that its stream module writes, and none on datagrams. The backend checks each header. CPU seconds are \
              those of all the candidate's threads; \"whole machine\" has generator, backend and the kernel's own threads in \
              it. Nothing logs connections unless it says so. \"direct\" is generator and backend without anything between: \
              the bound. Where the candidate keeps clearly less than a core busy, the generator or the round trip was the \
@@ -228,7 +228,7 @@ pub fn number(value: f64) -> String {
 fn row_json(result: &Result) -> Value {
     let units: Map<String, Value> =
         result.row.work.metrics().iter().map(|metric| (metric.key.to_owned(), json!(metric.title))).collect();
-    let entries: Vec<Value> = result.entries.iter().map(entry_json).collect();
+    let entries: Vec<Value> = result.entries.iter().map(|entry| entry_json(result, entry)).collect();
     let targets: Vec<Value> = result
         .row
         .targets
@@ -248,8 +248,8 @@ fn row_json(result: &Result) -> Value {
     })
 }
 
-fn entry_json(entry: &Entry) -> Value {
-    let header = entry.contestant.kind.header().map_or("none", |version| version.as_str());
+fn entry_json(result: &Result, entry: &Entry) -> Value {
+    let header = result.row.work.header(entry.contestant.kind).map_or("none", |version| version.as_str());
     json!({
         "name": entry.contestant.label(),
         "workers": entry.contestant.workers,

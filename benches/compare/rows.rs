@@ -1,7 +1,8 @@
 //! What is measured, for whom, in which units, and what it should come to.
-//!
-//! UDP has its place here: a variant of `Work`, a constructor below, `nginx` without a header as the only peer.
 
+use preface::proxy_protocol::Version;
+
+use super::datagrams::Kept;
 use super::load::Way;
 use super::peers::Kind::{self, *};
 
@@ -64,6 +65,13 @@ pub enum Work {
         /// How many at the same time.
         at_a_time: usize,
     },
+    /// Datagrams, each with a header of its own.
+    Datagrams {
+        /// At the same time.
+        sessions: usize,
+        /// One way or both.
+        kept: Kept,
+    },
     /// Connections that were used once.
     Idle,
     /// New connections while the configuration changes.
@@ -87,7 +95,23 @@ const BUSY: Metric = metric("busy", "cores the candidate kept busy");
 const GENERATOR: Metric = metric("generator", "cores generator and backend kept busy");
 const SPREAD: Metric = metric("spread", "busiest / least busy worker");
 
+const ONE_WAY: [Metric; 6] = of_datagrams("CPU-s per 100k datagrams");
+const THERE_AND_BACK: [Metric; 6] = of_datagrams("CPU-s per 100k there and back");
+
+const fn of_datagrams(cpu: &'static str) -> [Metric; 6] {
+    let (machine, rate) = (metric("machine", "whole machine"), metric("rate", "1000/s"));
+    [metric("cpu", cpu), machine, rate, metric("lost", "lost"), BUSY, GENERATOR]
+}
+
 impl Work {
+    /// The header that the candidate's upstream must get: nginx has none for datagrams.
+    pub fn header(self, kind: Kind) -> Option<Version> {
+        match (self, kind) {
+            (Work::Datagrams { .. }, Nginx | NginxTuned) => None,
+            _ => kind.header(),
+        }
+    }
+
     /// The first one is compared and drawn.
     pub fn metrics(self) -> &'static [Metric] {
         match self {
@@ -130,6 +154,8 @@ impl Work {
                     ]
                 }
             }
+            Work::Datagrams { kept: Kept::OneWay, .. } => &ONE_WAY,
+            Work::Datagrams { kept: Kept::Echo, .. } => &THERE_AND_BACK,
             Work::Idle => const { &[metric("memory", "KiB of user memory per connection")] },
             Work::Reload => {
                 const {
@@ -229,10 +255,30 @@ pub fn all(cpus: usize) -> Vec<Row> {
         let title = format!("Short connections, {at_a_time} at a time");
         rows.push(row(&format!("short-{at_a_time}"), &title, Work::Short { at_a_time }, &kinds, targets));
     }
+    rows.extend(datagrams());
     let targets = vec![ratio("preface / HAProxy", "memory", &[Haproxy, HaproxyTuned], 0.5)];
     rows.push(row("idle", "Idle connections", Work::Idle, &PEERS[1..], targets));
     rows.push(reload());
     rows.extend(scaling(cpus));
+    rows
+}
+
+/// nginx is the only peer that balances UDP, and has no header for it.
+fn datagrams() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (name, words, kept, max) in
+        [("oneway", "one way", Kept::OneWay, 0.60), ("echo", "there and back", Kept::Echo, 0.65)]
+    {
+        for (sessions, number) in [(16, "16"), (1000, "1,000")] {
+            rows.push(row(
+                &format!("udp-{name}-{sessions}"),
+                &format!("UDP, datagrams of 100 B {words}, {number} sessions"),
+                Work::Datagrams { sessions, kept },
+                &[Direct, Preface, Nginx, NginxTuned],
+                vec![ratio("preface with a header on each / nginx with none", "cpu", NGINX, max)],
+            ));
+        }
+    }
     rows
 }
 
@@ -271,6 +317,8 @@ pub struct Amounts {
     pub round_trips: u64,
     /// Of a run of short connections; one at a time half.
     pub connections: u64,
+    /// Of a run with datagrams one way; there and back half.
+    pub datagrams: u64,
     /// That are idle.
     pub idle: usize,
     /// How long new connections are watched before, during (after each reload), and after.
@@ -285,14 +333,29 @@ impl Amounts {
         bytes: 2_000_000_000,
         round_trips: 100_000,
         connections: 15_000,
+        datagrams: 400_000,
         idle: 9_500,
         phase_ms: 1500,
         reloads: 3,
     };
     /// All rows in under three minutes.
-    pub const QUICK: Amounts =
-        Amounts { bytes: 400_000_000, round_trips: 24_000, connections: 3_000, idle: 2_000, phase_ms: 800, reloads: 1 };
+    pub const QUICK: Amounts = Amounts {
+        bytes: 400_000_000,
+        round_trips: 24_000,
+        connections: 3_000,
+        datagrams: 40_000,
+        idle: 2_000,
+        phase_ms: 800,
+        reloads: 1,
+    };
     /// To see whether it works at all.
-    pub const SMOKE: Amounts =
-        Amounts { bytes: 1_000_000, round_trips: 300, connections: 60, idle: 50, phase_ms: 100, reloads: 1 };
+    pub const SMOKE: Amounts = Amounts {
+        bytes: 1_000_000,
+        round_trips: 300,
+        connections: 60,
+        datagrams: 1_000,
+        idle: 50,
+        phase_ms: 100,
+        reloads: 1,
+    };
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::backend::Backend;
+use super::datagrams::{Exchange, Exchanged, Kept, Plan};
 use super::load::{Ended, Generator, Latencies, Order};
 use super::measure::{self, Gauge, Usage, quantile};
 use super::peers::{Kind, Running, Setup};
@@ -46,6 +47,7 @@ pub struct Result {
 pub struct Arena {
     generator: Generator,
     backend: Backend,
+    exchange: Exchange,
     setup: Setup,
     cpus: Vec<usize>,
     amounts: Amounts,
@@ -59,7 +61,7 @@ impl Arena {
         let backend = Backend::start(Arc::clone(&book), vec![cpus[2.min(cpus.len() - 1)]])?;
         measure::pin(&[cpus[1.min(cpus.len() - 1)]]);
         setup.upstream = backend.address;
-        Ok(Arena { generator: Generator::new(book), backend, setup, cpus, amounts })
+        Ok(Arena { generator: Generator::new(book), backend, exchange: Exchange::new()?, setup, cpus, amounts })
     }
 
     /// Runs a row; says on standard error how far it has come.
@@ -115,8 +117,10 @@ impl Arena {
                 };
                 self.setup.workers = contestant.workers;
                 self.setup.reloads = work == Work::Reload;
+                self.setup.datagrams = matches!(work, Work::Datagrams { .. });
+                self.setup.upstream = if self.setup.datagrams { self.exchange.address } else { self.backend.address };
                 let running = slot.insert(Running::start(contestant.kind, &self.setup)?);
-                self.await_service(running)?;
+                self.await_service(work, running)?;
                 running
             }
         };
@@ -132,19 +136,25 @@ impl Arena {
         }
     }
 
-    fn await_service(&mut self, running: &mut Running) -> std::result::Result<(), String> {
+    fn await_service(&mut self, work: Work, running: &mut Running) -> std::result::Result<(), String> {
         self.backend.expect(running.kind.header(), running.target.port());
         let end = Instant::now() + START_MAX;
         let nobody = Gauge { pids: vec![] };
         loop {
-            let outcome = self.generator.short(running.target, 1, 1, &nobody);
+            let outcome = match plan(work, running) {
+                Some(plan) => self.exchange.probe(&Plan { sessions: 1, ..plan }),
+                None => self.generator.short(running.target, 1, 1, &nobody).map(drop),
+            };
             if let Some(ended) = running.ended() {
                 return Err(ended);
             }
             let faults = self.backend.faults();
             match outcome {
                 _ if !faults.is_empty() => return Err(faults.join("; ")),
-                Ok(_) => return Ok(()),
+                Ok(()) => return Ok(()),
+                Err(error) if self.setup.datagrams && error.kind() != io::ErrorKind::TimedOut => {
+                    return Err(error.to_string());
+                }
                 Err(error) if Instant::now() > end => return Err(format!("does not serve: {error}")),
                 // SLEEP: it is starting, and nothing is being measured.
                 Err(_) => std::thread::sleep(Duration::from_millis(10)),
@@ -155,6 +165,9 @@ impl Arena {
     fn sample(&mut self, work: Work, running: &mut Running) -> io::Result<Sample> {
         let Amounts { bytes, round_trips, connections: count, .. } = self.amounts;
         let (target, gauge) = (running.target, running.gauge());
+        if let Some(plan) = plan(work, running) {
+            return self.datagrams(&plan, &gauge);
+        }
         let served = self.backend.served();
         let workers = if running.kind == Kind::Preface { gauge.threads("worker-")? } else { vec![] };
         let (mut sample, connections) = match work {
@@ -175,6 +188,7 @@ impl Arena {
                 let sample = of_usage(&usage, total as f64 / 1e4, 10.0, &gauge);
                 (with_latencies(sample, latencies), total)
             }
+            Work::Datagrams { .. } => unreachable!("they have no connections"),
             Work::Idle => return self.idle(running, &gauge),
             Work::Reload => return self.reload(running),
         };
@@ -186,6 +200,14 @@ impl Arena {
         if let (Some(&most), Some(&least)) = (shares.iter().max(), shares.iter().min()) {
             sample.insert("spread", most as f64 / least.max(1) as f64);
         }
+        Ok(sample)
+    }
+
+    fn datagrams(&mut self, plan: &Plan, gauge: &Gauge) -> io::Result<Sample> {
+        let count = self.amounts.datagrams / if plan.kept == Kept::Echo { 2 } else { 1 };
+        let Exchanged { usage, arrived, lost } = self.exchange.run(plan, count, gauge)?;
+        let mut sample = of_usage(&usage, arrived as f64 / 1e5, 100.0, gauge);
+        sample.insert("lost", lost as f64);
         Ok(sample)
     }
 
@@ -231,6 +253,12 @@ impl Arena {
         }
         Ok(sample)
     }
+}
+
+/// What is done with datagrams, if it is with these.
+fn plan(work: Work, running: &Running) -> Option<Plan> {
+    let Work::Datagrams { sessions, kept } = work else { return None };
+    Some(Plan { target: running.target, sessions, kept, header: work.header(running.kind) })
 }
 
 /// On a terminal each line takes the place of the one before, unless that one is to stay.

@@ -33,7 +33,8 @@ fn json(output: &Path) -> Value {
 #[test]
 fn every_kind_of_work_is_done_and_written_down() {
     let output = tempfile::tempdir().unwrap();
-    let kinds = ["bulk-16-up", "bulk-1-down", "pingpong-64-64", "short-16", "idle", "reload", "scaling-bulk-16"];
+    let tcp = ["bulk-16-up", "bulk-1-down", "pingpong-64-64", "short-16", "idle", "reload", "scaling-bulk-16"];
+    let kinds = [&tcp[..], &["udp-oneway-16", "udp-echo-1000"]].concat();
     let failed = smoke(&["--rows", &kinds.join(","), "--only", "direct,preface,preface-log-on"], output.path());
     assert!(failed.is_empty(), "{failed:?}");
 
@@ -85,6 +86,15 @@ fn a_candidate_that_sends_no_header_or_does_not_start_is_said_to_have_failed() {
     assert_eq!((&succeeded[0]["name"], &succeeded[0]["header"]), (&"preface".into(), &"v2".into()));
     let table = fs::read_to_string(output.path().join("table.md")).unwrap();
     assert!(table.contains("| headerless | failed: no valid header: "), "{table}");
+}
+
+#[test]
+fn a_datagram_without_a_header_is_found_out() {
+    let output = tempfile::tempdir().unwrap();
+    let failed = smoke(&["--rows", "udp-oneway-16,udp-echo-16", "--only", "headerless"], output.path());
+    let [one_way, echo] = failed.as_slice() else { panic!("{failed:?}") };
+    assert!(one_way.starts_with("udp-oneway-16: headerless: no valid header: "), "{one_way}");
+    assert!(echo.starts_with("udp-echo-16: headerless: no valid header: "), "{echo}");
 }
 
 #[test]
