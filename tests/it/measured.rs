@@ -51,3 +51,33 @@ fn an_idle_connection_costs_less_than_4_kib_of_user_memory() {
     println!("user memory of an idle connection: {each} bytes");
     assert!(each < 4096, "{each} bytes");
 }
+
+/// What `/proc` says a worker may run on.
+fn processors_of_workers(id: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{id}/task")).unwrap();
+    let read = |path: &std::path::Path, file: &str| std::fs::read_to_string(path.join(file)).unwrap_or_default();
+    let workers = tasks.map(|task| task.unwrap().path()).filter(|task| read(task, "comm").starts_with("worker-"));
+    let allowed = workers.map(|task| {
+        let status = read(&task, "status");
+        let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.expect("Linux says it").trim().to_owned()
+    });
+    allowed.collect()
+}
+
+#[test]
+fn pinned_workers_have_a_processor_each_in_turn() {
+    let config = |pin: bool| {
+        format!(
+            "[runtime]\nworkers = 2\npin_workers = {pin}\n[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"test\"\n\
+             [pools.test]\nupstreams = [\"127.0.0.1:9\"]\n"
+        )
+    };
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let own = own.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    assert_eq!(processors_of_workers(preface(&config(false)).id()), [own, own]);
+    let pinned = processors_of_workers(preface(&config(true)).id());
+    assert_eq!(pinned.len(), 2);
+    assert!(pinned.iter().all(|processor| processor.parse::<usize>().is_ok()), "{pinned:?}");
+    assert!(std::thread::available_parallelism().unwrap().get() < 2 || pinned[0] != pinned[1], "{pinned:?}");
+}

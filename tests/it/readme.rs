@@ -187,6 +187,17 @@ fn the_table_of_metrics_is_the_code() {
     assert_eq!(documented, known);
 }
 
+/// Whoever measures again (`benches/compare/run --keep`) puts the new tables here, too.
+#[test]
+fn the_figures_are_those_of_the_last_comparison() {
+    let results = include_str!("../../benches/compare/results/table.md");
+    for section in ["## Summary\n\n", "## Targets\n\n"] {
+        let (_, rest) = results.split_once(section).expect("the results have it");
+        let table = rest.split("\n\n").next().expect("a table");
+        assert!(README.contains(table), "the README has other figures than {section}{table}");
+    }
+}
+
 #[test]
 fn the_manifest_is_consistent() {
     let parsed = config::parse("preface.yaml", &manifest_toml()).unwrap_or_else(|errors| panic!("{errors:?}"));
