@@ -392,7 +392,12 @@ impl OfListener {
         let now = life.ends.each_ref().map(|count| count.load(Relaxed));
         let before = std::mem::replace(&mut self.ends_before, now);
         let mut delta = [0; Termination::ALL.len()];
-        delta.iter_mut().zip(now.iter().zip(before)).for_each(|(delta, (now, before))| *delta = (now - before) as u32);
+        // A listener that left and came back within one interval has new counters: all that they hold is new.
+        let since = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
+        delta
+            .iter_mut()
+            .zip(now.iter().zip(before))
+            .for_each(|(delta, (now, before))| *delta = since(*now, before) as u32);
         self.ends.push_back(delta);
         if self.ends.len() > POINTS_MAX {
             self.ends.pop_front();
