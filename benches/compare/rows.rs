@@ -313,7 +313,7 @@ fn scaling(cpus: usize) -> Vec<Row> {
 pub struct Amounts {
     /// Of a bulk run.
     pub bytes: u64,
-    /// Of a ping-pong run with many connections; with one a third.
+    /// Of a ping-pong run with many connections; with one a sixth.
     pub round_trips: u64,
     /// Of a run of short connections; one at a time half.
     pub connections: u64,

@@ -176,7 +176,7 @@ impl Arena {
                 (of_usage(&usage, bytes as f64 / 1e9, 1.0, &gauge), connections as u64)
             }
             Work::PingPong { connections, size } => {
-                let total = if connections == 1 { round_trips / 3 } else { round_trips };
+                let total = if connections == 1 { round_trips / 6 } else { round_trips };
                 let total = total - total % connections as u64;
                 let (usage, latencies) = self.generator.ping_pong(target, connections, size, total, &gauge)?;
                 let sample = of_usage(&usage, total as f64 / 1e5, 100.0, &gauge);
