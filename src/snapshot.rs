@@ -1,6 +1,7 @@
 //! The immutable view of everything that the data path reads, and how the next one is built from the last.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -330,6 +331,12 @@ pub struct SocketKey {
     pub address: SocketAddr,
     /// IPV6_V6ONLY.
     pub v6only: bool,
+}
+
+impl fmt::Display for SocketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}{}", self.protocol.as_str(), self.address, if self.v6only { " v6only" } else { "" })
+    }
 }
 
 /// The sockets that a listener asks for.

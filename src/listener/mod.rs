@@ -2,6 +2,7 @@
 
 pub mod udp;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
@@ -36,9 +37,11 @@ pub struct Acceptor {
     pub slot: usize,
     /// Notified when the address is no longer served.
     pub retire: Notify,
+    /// Set before: another process goes on accepting from this very socket.
+    pub handed_over: Cell<bool>,
 }
 
-/// Accepts until retired, then serves what was queued and closes.
+/// Accepts until retired, then serves what was queued and closes. A socket that was handed over is left as it is.
 pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<Listener>) {
     let mut is_short = false;
     loop {
@@ -64,6 +67,10 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
                 sleep(SHORTAGE_REST).await;
             }
         }
+    }
+    if acceptor.handed_over.get() {
+        // What is queued is the other process's, and so are the handshakes.
+        return;
     }
     if let Err(error) = acceptor.listening.refuse_handshakes() {
         tracing::debug!(event = "retire", listener = &*listener.life.name, reason = %error, "no filter on the socket");

@@ -42,6 +42,13 @@ pub fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
+/// A socket that an earlier process bound, and that goes on listening here.
+pub fn adopt(descriptor: OwnedFd, keepalive: Option<Duration>) -> io::Result<Socket> {
+    let socket = Socket::from(descriptor);
+    set_keepalive(&socket, keepalive)?;
+    Ok(socket)
+}
+
 fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
     match keepalive {
         Some(idle) => socket.set_tcp_keepalive(&super::keepalive(idle)),
@@ -97,6 +104,11 @@ impl Listening {
                 result => return Poll::Ready(result),
             }
         }
+    }
+
+    /// Another descriptor of the same socket.
+    pub fn lend(&self) -> io::Result<Socket> {
+        self.socket.get_ref().try_clone()
     }
 
     /// Connections accepted from now on use this keepalive; `None`: off.

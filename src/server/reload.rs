@@ -1,11 +1,13 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use socket2::Socket;
+use socket2::{Socket, Type};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::time::timeout_at;
 
@@ -41,7 +43,7 @@ const CLOSING_MAX: Duration = Duration::from_secs(1);
 const SETTING_MAX: Duration = Duration::from_millis(200);
 
 /// An address that a reload has bound and nobody can connect to yet.
-struct Bound {
+pub struct Bound {
     key: SocketKey,
     sockets: Vec<Socket>,
 }
@@ -91,6 +93,12 @@ impl State {
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
         let bound = self.bind(&new)?;
+        self.put_in_force(new, bound).await;
+        Ok(())
+    }
+
+    /// Everything that can fail has succeeded.
+    pub async fn put_in_force(&mut self, new: Config, bound: Vec<Bound>) {
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
         for bound in &bound {
@@ -126,7 +134,6 @@ impl State {
             self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
-        Ok(())
     }
 
     /// The limit for all listeners together.
@@ -153,9 +160,10 @@ impl State {
     }
 
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
-    fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
+    pub fn bind(&mut self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
         let mut errors = Vec::new();
+        let workers = self.workers.len();
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().copied().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
@@ -170,21 +178,25 @@ impl State {
                     && other.address.port() == one.port()
                     && (other.address.ip().is_unspecified() || one.ip().is_unspecified() || other.address == one)
             });
+            let kind = if key.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
+            let inherited = self.inherited.as_ref();
+            let shares = shares || inherited.is_some_and(|inherited| inherited.has_port(kind, key.address.port()));
             let bind = || match key.protocol {
                 Protocol::Tcp => {
                     if !shares {
                         listen::probe(&options)?;
                     }
-                    listen::bind(&options, self.workers.len())
+                    listen::bind(&options, workers)
                 }
                 Protocol::Udp => {
                     if !shares {
                         datagram::probe(&options)?;
                     }
-                    datagram::bind(&options, self.workers.len())
+                    datagram::bind(&options, workers)
                 }
             };
-            match bind() {
+            let adopted = self.inherited.as_mut().and_then(|inherited| inherited.take(&key.to_string()));
+            match adopted.map_or_else(bind, |sockets| adopt(sockets, key.protocol, keepalive, workers)) {
                 Ok(sockets) => {
                     own.insert(key);
                     bound.push(Bound { key, sockets });
@@ -273,7 +285,7 @@ impl State {
         for Bound { key, sockets } in bound {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
-            for (worker, socket) in self.workers.iter().zip(sockets) {
+            for (worker, socket) in self.workers.iter().cycle().zip(sockets) {
                 let opened = match key.protocol {
                     Protocol::Tcp => listen::listen(&socket),
                     Protocol::Udp => Ok(()),
@@ -333,6 +345,27 @@ impl State {
             let _ = timeout_at(deadline, is_set).await;
         }
     }
+}
+
+/// The sockets of an earlier process, for so many workers. None is made; where there are too few, workers share those of
+/// TCP. Two readers of one UDP socket would tear its sessions apart: there some workers have none.
+fn adopt(
+    sockets: Vec<OwnedFd>,
+    protocol: Protocol,
+    keepalive: Option<Duration>,
+    workers: usize,
+) -> io::Result<Vec<Socket>> {
+    if protocol == Protocol::Udp {
+        return Ok(sockets.into_iter().map(Socket::from).collect());
+    }
+    let mut adopted = Vec::new();
+    for socket in sockets {
+        adopted.push(listen::adopt(socket, keepalive)?);
+    }
+    for index in adopted.len()..workers {
+        adopted.push(adopted[index - adopted.len()].try_clone()?);
+    }
+    Ok(adopted)
 }
 
 fn bind_error(name: &str, key: SocketKey, error: &std::io::Error) -> String {

@@ -20,8 +20,10 @@ use crate::health::{Checker, Target};
 use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
+use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
 use crate::server::suspicion::Suspicion;
+use crate::server::upgrade::{Inherited, Program, Upgrade};
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -144,6 +146,14 @@ pub struct State {
     pub started: SystemTime,
     /// Has a stop been ordered?
     pub stopping: bool,
+    /// The admin API's sockets and tasks.
+    pub admin: AdminSide,
+    /// What an upgrade starts; `None`: this process cannot be upgraded.
+    pub program: Option<Program>,
+    /// While a new process starts.
+    pub upgrade: Option<Upgrade>,
+    /// While this process takes over from another one.
+    pub inherited: Option<Inherited>,
 }
 
 impl State {
