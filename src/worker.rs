@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -14,6 +13,7 @@ use socket2::Socket;
 use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::address::Address;
 use crate::config::Protocol;
 use crate::connection::Shared;
 use crate::connection::measured::Measured;
@@ -40,7 +40,7 @@ pub enum Message {
         /// The socket.
         socket: Socket,
         /// What it is bound to.
-        bound: SocketAddr,
+        bound: Address,
         /// Where its listener stands in snapshots.
         slot: usize,
         /// Its listener now.
@@ -252,7 +252,10 @@ struct UdpSockets {
 }
 
 impl UdpSockets {
-    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: SocketAddr, slot: usize, listener: Arc<Listener>) {
+    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: Address, slot: usize, listener: Arc<Listener>) {
+        let Address::Ip(bound) = bound else {
+            return tracing::error!(event = "listen", address = %bound, "no datagrams over a UNIX socket");
+        };
         match Udp::new(shared, &self.buffers, socket, bound, slot, listener) {
             Ok(udp) => {
                 let weak = Rc::downgrade(&udp);

@@ -23,7 +23,7 @@ use tokio::time::{Sleep, sleep_until};
 use self::group::{Groups, Piece, pieces};
 use self::replies::Replies;
 use self::session::{Retained, Session};
-use crate::config::{Bind, LogConnections, Protocol};
+use crate::config::{Bind, IpBind, LogConnections, Protocol};
 use crate::connection::{Shared, new_id};
 use crate::log;
 use crate::net::canonical;
@@ -325,13 +325,13 @@ impl Udp {
 
     /// Does this process take datagrams at that address? Nobody else can send from it, but forge it.
     fn is_own(&self, client: SocketAddr) -> bool {
-        let is_at = |bind: &Bind| {
+        let is_at = |bind: &IpBind| {
             let (ip, port) = (canonical(bind.address).ip(), bind.address.port());
             port == client.port() && (ip == client.ip() || ip.is_unspecified() && is_local(client.ip()))
         };
         self.shared.with_snapshot(|snapshot| {
             let mut listeners = snapshot.slots.values().filter(|listener| listener.config.serves(Protocol::Udp));
-            listeners.any(|listener| listener.config.binds.iter().any(is_at))
+            listeners.any(|listener| listener.config.binds.iter().filter_map(Bind::ip).any(is_at))
         })
     }
 
