@@ -3,12 +3,12 @@
 pub mod probes;
 pub mod view;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::address::Address;
 use crate::pool::{AdminState, Observation, UpstreamLife};
 use view::{Filter, Tapped};
 
@@ -150,7 +150,7 @@ pub struct SetAdmin {
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct SetAdminReply {
     /// The upstreams it named, and the connections still open on each.
-    pub upstreams: Vec<(SocketAddr, u64)>,
+    pub upstreams: Vec<(Address, u64)>,
 }
 
 /// Why an order was not carried out.

@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -14,6 +13,7 @@ use socket2::Socket;
 use tokio::runtime::LocalOptions;
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::address::Address;
 use crate::config::Protocol;
 use crate::connection::Shared;
 use crate::connection::measured::Measured;
@@ -21,7 +21,7 @@ use crate::control::view::{self, Filter, Tapped};
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::udp::{Buffers, Udp};
-use crate::listener::{self, Acceptor};
+use crate::listener::{self, Acceptor, Lent};
 use crate::log;
 use crate::net::{Listening, limits};
 use crate::pool::UpstreamLife;
@@ -40,7 +40,7 @@ pub enum Message {
         /// The socket.
         socket: Socket,
         /// What it is bound to.
-        bound: SocketAddr,
+        bound: Address,
         /// Where its listener stands in snapshots.
         slot: usize,
         /// Its listener now.
@@ -53,8 +53,8 @@ pub enum Message {
         /// Told when the socket is closed.
         closed: oneshot::Sender<()>,
     },
-    /// Show every socket that is served: another descriptor of each, with its slot.
-    Lend(oneshot::Sender<io::Result<Vec<(usize, Socket)>>>),
+    /// Show every socket that is served: another descriptor of each.
+    Lend(oneshot::Sender<io::Result<Vec<Lent>>>),
     /// Leave the sockets of these addresses to another process that has them, too, as they are.
     HandOver {
         /// As in `Listen`.
@@ -250,7 +250,7 @@ struct Acceptors {
 }
 
 impl Acceptors {
-    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: SocketAddr, slot: usize, listener: Arc<Listener>) {
+    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: Address, slot: usize, listener: Arc<Listener>) {
         match Listening::new(socket) {
             Ok(listening) => {
                 let (retire, handed_over) = (Notify::new(), Cell::new(false));
@@ -277,9 +277,9 @@ impl Acceptors {
         slots.into_iter().flat_map(|slot| self.retire(slot, false)).collect()
     }
 
-    fn lend(&self) -> impl Iterator<Item = io::Result<(usize, Socket)>> {
+    fn lend(&self) -> impl Iterator<Item = io::Result<Lent>> {
         let acceptors = self.served.values().flatten();
-        acceptors.map(|(acceptor, _)| Ok((acceptor.slot, acceptor.listening.lend()?)))
+        acceptors.map(|(acceptor, _)| acceptor.lend())
     }
 
     fn set_keepalive(&self, slot: usize, keepalive: Option<Duration>) {
@@ -299,7 +299,10 @@ struct UdpSockets {
 }
 
 impl UdpSockets {
-    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: SocketAddr, slot: usize, listener: Arc<Listener>) {
+    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: Address, slot: usize, listener: Arc<Listener>) {
+        let Address::Ip(bound) = bound else {
+            return tracing::error!(event = "listen", address = %bound, "no datagrams over a UNIX socket");
+        };
         match Udp::new(shared, &self.buffers, socket, bound, slot, listener) {
             Ok(udp) => {
                 let weak = Rc::downgrade(&udp);
@@ -326,7 +329,7 @@ impl UdpSockets {
         served.filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| udp.hand_over());
     }
 
-    fn lend(&self) -> impl Iterator<Item = io::Result<(usize, Socket)>> {
+    fn lend(&self) -> impl Iterator<Item = io::Result<Lent>> {
         self.served.values().flatten().filter_map(|(udp, _)| udp.upgrade()?.lend())
     }
 

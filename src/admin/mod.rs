@@ -337,7 +337,7 @@ async fn set_admin(
             Refusal::new(StatusCode::NOT_FOUND, error.to_string())
         }
     })?;
-    let upstream = |&(address, open): &(_, u64)| json!({ "address": address, "open": open });
+    let upstream = |(address, open): &(_, u64)| json!({ "address": address, "open": open });
     let upstreams: Vec<Value> = reply.upstreams.iter().map(upstream).collect();
     Ok(pretty(StatusCode::OK, &json!({ "pool": pool, "admin": state, "upstreams": upstreams })))
 }

@@ -23,7 +23,8 @@ use tokio::time::{Sleep, sleep_until};
 use self::group::{Groups, Piece, pieces};
 use self::replies::Replies;
 use self::session::{Retained, Session};
-use crate::config::{Bind, LogConnections, Protocol};
+use super::Lent;
+use crate::config::{Bind, IpBind, LogConnections, Protocol};
 use crate::connection::{Shared, new_id};
 use crate::log;
 use crate::net::canonical;
@@ -160,10 +161,10 @@ impl Udp {
         self.close(Closing::HandedOver(Instant::now() + HANDED_OVER_GRACE));
     }
 
-    /// Another descriptor of the socket, with its slot; `None`: it is on its way out.
-    pub fn lend(&self) -> Option<io::Result<(usize, Socket)>> {
+    /// Another descriptor of the socket; `None`: it is on its way out.
+    pub fn lend(&self) -> Option<io::Result<Lent>> {
         let serves = self.core.borrow().closing == Closing::No;
-        serves.then(|| Ok((self.slot, self.socket.lend()?)))
+        serves.then(|| Ok(Lent { slot: self.slot, bound: self.bound.into(), socket: self.socket.lend()? }))
     }
 
     fn close(&self, closing: Closing) {
@@ -351,13 +352,13 @@ impl Udp {
 
     /// Does this process take datagrams at that address? Nobody else can send from it, but forge it.
     fn is_own(&self, client: SocketAddr) -> bool {
-        let is_at = |bind: &Bind| {
+        let is_at = |bind: &IpBind| {
             let (ip, port) = (canonical(bind.address).ip(), bind.address.port());
             port == client.port() && (ip == client.ip() || ip.is_unspecified() && is_local(client.ip()))
         };
         self.shared.with_snapshot(|snapshot| {
             let mut listeners = snapshot.slots.values().filter(|listener| listener.config.serves(Protocol::Udp));
-            listeners.any(|listener| listener.config.binds.iter().any(is_at))
+            listeners.any(|listener| listener.config.binds.iter().filter_map(Bind::ip).any(is_at))
         })
     }
 

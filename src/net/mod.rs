@@ -7,6 +7,7 @@ pub mod limits;
 pub mod listen;
 pub mod splice;
 pub mod stream;
+pub mod unix;
 
 use std::io;
 use std::mem::{self, MaybeUninit};

@@ -16,10 +16,12 @@ use super::{
     Observed, Offer, Order, PROTOCOL, Program, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover,
     VARIABLE,
 };
+use crate::address::Address;
+use crate::config::Protocol;
 use crate::control::{UpgradeOutcome, UpgradeReport};
+use crate::listener::Lent;
 use crate::net::handover::{Channel, socket_number};
 use crate::server::state::State;
-use crate::snapshot::SocketKey;
 use crate::worker::Message;
 
 /// A worker that has not answered within this long makes the upgrade fail.
@@ -43,8 +45,15 @@ pub struct Upgrade {
 struct Offered {
     key: String,
     /// For an address of a listener.
-    slot: Option<(SocketKey, usize)>,
+    place: Option<Place>,
     sockets: Vec<OwnedFd>,
+}
+
+/// Where a listener's sockets stand here.
+struct Place {
+    protocol: Protocol,
+    slot: usize,
+    bound: Address,
 }
 
 /// The new process; it is ended with this unless it took over.
@@ -179,7 +188,7 @@ impl State {
     /// Every listening socket of this process, and its standard error.
     async fn offered(&self) -> Result<Vec<Offered>, String> {
         let failed = |error: io::Error| format!("cannot duplicate a socket: {error}; see ulimit -n");
-        let mut by_slot: BTreeMap<usize, Vec<Socket>> = BTreeMap::new();
+        let mut by_slot: BTreeMap<usize, (Address, Vec<Socket>)> = BTreeMap::new();
         let mut answers = Vec::new();
         for worker in &self.workers {
             let (sender, receiver) = oneshot::channel();
@@ -190,22 +199,23 @@ impl State {
         for answer in answers {
             let lent = timeout_at(deadline, answer).await.ok().and_then(Result::ok);
             let lent = lent.ok_or("a worker does not answer; see /livez")?;
-            for (slot, socket) in lent.map_err(failed)? {
-                by_slot.entry(slot).or_default().push(socket);
+            for Lent { slot, bound, socket } in lent.map_err(failed)? {
+                by_slot.entry(slot).or_insert((bound, Vec::new())).1.push(socket);
             }
         }
         let mut offered = Vec::new();
         for (key, slot) in &self.inputs.slots {
-            let sockets = distinct(by_slot.remove(slot).unwrap_or_default()).map_err(failed)?;
-            let sockets = sockets.into_iter().map(OwnedFd::from).collect();
-            offered.push(Offered { key: key.to_string(), slot: Some((*key, *slot)), sockets });
+            let Some((bound, sockets)) = by_slot.remove(slot) else { continue };
+            let sockets = distinct(sockets).map_err(failed)?.into_iter().map(OwnedFd::from).collect();
+            let place = Some(Place { protocol: key.protocol, slot: *slot, bound });
+            offered.push(Offered { key: key.to_string(), place, sockets });
         }
         for (key, socket) in self.admin.sockets() {
             let sockets = vec![socket.try_clone_to_owned().map_err(failed)?];
-            offered.push(Offered { key, slot: None, sockets });
+            offered.push(Offered { key, place: None, sockets });
         }
         let sockets = vec![io::stderr().as_fd().try_clone_to_owned().map_err(failed)?];
-        offered.push(Offered { key: STANDARD_ERROR.to_owned(), slot: None, sockets });
+        offered.push(Offered { key: STANDARD_ERROR.to_owned(), place: None, sockets });
         Ok(offered)
     }
 
@@ -259,7 +269,7 @@ impl State {
     async fn let_go(&mut self, channel: Channel, ready: &Ready, offered: &[Offered]) -> Result<Channel, String> {
         let is_adopted = |offered: &&Offered| ready.adopted.contains(&offered.key);
         let adopted: Vec<&Offered> = offered.iter().filter(is_adopted).collect();
-        let slots: Arc<[usize]> = adopted.iter().filter_map(|one| Some(one.slot?.1)).collect();
+        let slots: Arc<[usize]> = adopted.iter().filter_map(|one| Some(one.place.as_ref()?.slot)).collect();
         let mut leaving = Vec::new();
         for worker in &self.workers {
             let (left, is_left) = oneshot::channel();
@@ -312,13 +322,14 @@ impl State {
     }
 
     async fn listen_again(&self, offered: &Offered) {
-        let Some((key, slot)) = offered.slot else { return };
-        let Some(listener) = self.snapshot.load().slots.get(&slot).cloned() else { return };
+        let Some(Place { protocol, slot, bound }) = &offered.place else { return };
+        let Some(listener) = self.snapshot.load().slots.get(slot).cloned() else { return };
         for (index, socket) in offered.sockets.iter().enumerate() {
             let Ok(socket) = socket.try_clone() else { continue };
             let worker = &self.workers[index % self.workers.len()];
-            let (protocol, bound, listener) = (key.protocol, key.address, Arc::clone(&listener));
-            worker.send(Message::Listen { protocol, socket: socket.into(), bound, slot, listener }).await;
+            let (bound, listener) = (bound.clone(), Arc::clone(&listener));
+            let listen = Message::Listen { protocol: *protocol, socket: socket.into(), bound, slot: *slot, listener };
+            worker.send(listen).await;
         }
     }
 

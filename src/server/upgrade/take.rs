@@ -5,11 +5,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
-use socket2::SockRef;
+use socket2::{SockRef, Type};
 
 use super::{Offer, PROTOCOL, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover, VARIABLE};
 use crate::admin::announce;
-use crate::config::{AdminBind, Config};
+use crate::config::{AdminBind, Config, Protocol};
 use crate::net::handover::{Channel, replace_standard_error};
 use crate::server::state::upstream_keys;
 use crate::snapshot::{AdminRecord, HealthRecord, Inputs};
@@ -77,8 +77,9 @@ impl Inherited {
         Some(sockets)
     }
 
-    /// The predecessor's address of this type (`SOCK_STREAM`, `SOCK_DGRAM`) and port, as long as it is not taken.
-    pub fn has_port(&self, kind: socket2::Type, port: u16) -> bool {
+    /// Has the predecessor this port, under an address that is not taken?
+    pub fn has_port(&self, protocol: Protocol, port: u16) -> bool {
+        let kind = if protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
         self.offered.values().flatten().any(|socket| {
             let socket = SockRef::from(socket);
             let local = socket.local_addr().ok().and_then(|address| address.as_socket());
