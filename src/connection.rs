@@ -7,7 +7,7 @@ mod tap;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -17,6 +17,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::address::Address;
 use crate::control;
 use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
@@ -371,7 +372,7 @@ impl Attempt<'_> {
 
     /// Counts a failure against the upstream, unless it was ours.
     async fn connect(&self, record: &Record, early: &mut Early, sent: &mut Option<Sent>) -> Result<Stream, Failure> {
-        let (pool, address) = (&*self.pool.name, self.life.address);
+        let (pool, address) = (&*self.pool.name, &self.life.address);
         let options = ConnectOptions {
             source: next_source(&record.shared, &self.pool.config.source, address),
             keepalive: self.keepalive,
@@ -429,9 +430,7 @@ impl Attempt<'_> {
             let bytes = &mut *shared.header.borrow_mut();
             bytes.clear();
             let mut id = [0; ulid::ULID_LEN];
-            self.plan
-                .encode(record.client(), record.local(), Transport::Stream, record.id(&mut id), bytes)
-                .map_err(io::Error::other)?;
+            self.plan.encode(record.ends(), Transport::Stream, record.id(&mut id), bytes).map_err(io::Error::other)?;
             let header = bytes.len();
             if early.pending.is_empty() && !early.client_eof && !early.client_reset {
                 let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -483,10 +482,8 @@ pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
-    if sources.is_empty() {
-        return None;
-    }
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: &Address) -> Option<IpAddr> {
+    let upstream = upstream.ip().filter(|_| !sources.is_empty())?;
     let turn = shared.sources.replace(shared.sources.get().wrapping_add(1));
     let fitting = || sources.iter().filter(|source| source.is_ipv4() == upstream.is_ipv4());
     fitting().nth(turn % fitting().count().max(1)).copied()

@@ -6,16 +6,16 @@ pub mod life;
 pub mod rejection;
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::address::Address;
 use crate::config::{self, Balance};
 use balance::Candidate;
 pub use life::{Lease, UpstreamLife};
 
 /// What checks observed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
     /// Not checked yet.
@@ -38,7 +38,7 @@ impl Health {
 }
 
 /// What the operator ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdminState {
     /// As configured.
@@ -66,7 +66,7 @@ pub struct UpstreamKey {
     /// Name of the pool.
     pub pool: String,
     /// Address of the upstream.
-    pub address: SocketAddr,
+    pub address: Address,
 }
 
 impl fmt::Display for UpstreamKey {
@@ -312,7 +312,7 @@ mod tests {
         let config = config::parse("test.toml", &text).unwrap().config;
         let config = Arc::clone(&config.pools["p"]);
         let upstreams = upstreams.iter().enumerate().map(|(entry, (weight, limit))| Upstream {
-            life: UpstreamLife::new(SocketAddr::new(config.upstreams[entry].ip, entry as u16 + 1)),
+            life: UpstreamLife::new(config.upstreams[entry].address.at(None)),
             entry,
             connections_max: *limit,
             candidate: Candidate {

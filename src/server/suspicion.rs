@@ -106,8 +106,7 @@ impl State {
 
 fn configured<'a>(config: &'a Config, key: &UpstreamKey) -> Option<(&'a config::Pool, &'a config::Upstream)> {
     let pool = config.pools.get(&key.pool)?;
-    let fits =
-        |upstream: &&config::Upstream| snapshot::upstream_address(upstream, Some(key.address.port())) == key.address;
+    let fits = |upstream: &&config::Upstream| snapshot::upstream_address(upstream, key.address.port()) == key.address;
     Some((pool, pool.upstreams.iter().find(fits)?))
 }
 
@@ -128,7 +127,7 @@ fn advice(
             (format!("{seen}, right after the {} header: {cause}{or}", format.as_str()), "off")
         }
     };
-    let address = key.address;
+    let address = &key.address;
     let others_differ = pool.upstreams.iter().any(|other| other.proxy_protocol != upstream.proxy_protocol);
     let table = if others_differ || pool.upstreams.len() > 1 {
         format!("in the [[pools.{}.upstreams]] of {address}", key.pool)
@@ -147,6 +146,7 @@ fn advice(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     #[test]
     fn tells_what_to_write_where() {
@@ -162,7 +162,7 @@ mod tests {
             ("off", "[\"10.0.0.1:80\"]", Rejection::Closed),
         ] {
             let config = config::parse("test.toml", &text(header, upstreams)).expect("it is valid").config;
-            let key = UpstreamKey { pool: "p".to_owned(), address: ([10, 0, 0, 1], 80).into() };
+            let key = UpstreamKey { pool: "p".to_owned(), address: SocketAddr::from(([10, 0, 0, 1], 80)).into() };
             let (pool, upstream) = configured(&config, &key).expect("it is configured");
             let (reason, change) = advice(&key, pool, upstream, rejection, 3);
             said += &format!("{reason}\n    {change}\n");

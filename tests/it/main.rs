@@ -37,3 +37,4 @@ mod traffic;
 mod udp;
 mod udp_load;
 mod udp_netns;
+mod upgrade;

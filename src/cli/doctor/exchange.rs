@@ -2,17 +2,17 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::judge::{End, Exchange, Talk};
 use super::tries::{Question, Try, goodbye};
+use crate::address::Address;
 use crate::config::Tlvs;
-use crate::net::check;
+use crate::net::check::{self, Connection};
 
 /// Of an answer this much is looked at, and this much is read at the close.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
@@ -21,11 +21,17 @@ const SETTLE_MAX: Duration = Duration::from_millis(400);
 /// How long a close waits for the upstream's FIN, so that what it still sends is not answered by a reset.
 const CLOSE_TIME_MAX: Duration = Duration::from_millis(300);
 
+/// What headers over a UNIX socket say: it has no addresses, and a header that names some is what is to be tried.
+const STAND_INS: (SocketAddr, SocketAddr) = {
+    let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+    (loopback, loopback)
+};
+
 /// Whom to ask, and how long to wait.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// Where it connects.
-    pub to: SocketAddr,
+    pub to: Address,
     /// From which address; `None`: the kernel's choice.
     pub source: Option<IpAddr>,
     /// For the connect, and again for each answer.
@@ -38,7 +44,7 @@ pub struct Subject {
 pub async fn exchange(subject: &Subject, attempt: Try, question: &Question, talk: Talk) -> Exchange {
     let started = Instant::now();
     let mut exchange = Exchange::new(attempt);
-    let connecting = timeout(subject.timeout, check::connect(subject.to, subject.source));
+    let connecting = timeout(subject.timeout, check::connect(&subject.to, subject.source));
     match connecting.await {
         Err(_) => {
             let limit = humantime::format_duration(subject.timeout);
@@ -62,12 +68,12 @@ async fn converse(
     subject: &Subject,
     question: &Question,
     talk: Talk,
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     exchange: &mut Exchange,
 ) -> io::Result<()> {
-    let header = exchange.attempt.header(&subject.tlvs, stream.local_addr()?, stream.peer_addr()?);
+    let header = exchange.attempt.header(&subject.tlvs, stream.ends()?.unwrap_or(STAND_INS));
     exchange.header = header.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
-    let asked = question.bytes(subject.to);
+    let asked = question.bytes(&subject.to);
     let settle = SETTLE_MAX.min(subject.timeout / 2);
     if talk == Talk::ClientFirst {
         // In one segment, as preface sends them when the client's bytes are already there.
@@ -108,7 +114,7 @@ struct Waits {
 
 /// Reads until it is enough, the upstream falls silent or ends the connection, or the limit is reached.
 async fn read(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     into: &mut Vec<u8>,
     waits: Waits,
     is_enough: impl Fn(&[u8]) -> bool,
@@ -131,7 +137,7 @@ async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T
 
 /// FIN, and a little time for the upstream's: a receiver that reads LOCAL and then a reset logs an error, or dies of it
 /// (Postfix's smtpd).
-async fn close(mut stream: TcpStream) {
+async fn close(mut stream: Connection) {
     if stream.shutdown().await.is_ok() {
         let mut rest = stream.take(ANSWER_BYTES_MAX);
         let _ = timeout(CLOSE_TIME_MAX, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
