@@ -266,6 +266,11 @@ impl Record {
         record
     }
 
+    /// Who connected.
+    pub(super) fn client(&self) -> Client {
+        self.entry.client
+    }
+
     /// Replaces a wildcard by the address that the client connected to.
     pub fn set_local(&mut self, local: SocketAddr) {
         *self.entry.local.borrow_mut() = local.into();

@@ -8,7 +8,7 @@
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
 //!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N } } },
-//!   pools: { NAME: { usable, open, rates: RATES, latency: LATENCY, upstreams: [
+//!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
 //!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
@@ -94,8 +94,9 @@ impl State {
                 let upstreams: Vec<Value> = upstreams.into_values().collect();
                 let open: u64 = upstreams.iter().filter_map(|upstream| upstream["open"].as_u64()).sum();
                 let (rates, latency) = (self.history.pool_rates(&name), self.history.pool_latency(&name));
+                let balance = self.config.pools.get(&name).map(|pool| pool.balance.as_str());
                 let value = json!({
-                    "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
+                    "balance": balance, "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
                 });
                 (name, value)
             })
