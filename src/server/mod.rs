@@ -4,7 +4,10 @@ pub mod watch;
 mod exposition;
 mod history;
 mod look;
+mod problems;
 mod reload;
+mod slowness;
+mod speed;
 mod state;
 mod status;
 mod suspicion;
@@ -35,6 +38,7 @@ use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use history::History;
+use slowness::SlowUpstreams;
 use state::{LogLevel, State};
 use watch::{ContentHash, Watch};
 
@@ -143,6 +147,7 @@ fn start_state(
         closing: Vec::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
+        slow: SlowUpstreams::new(Instant::now()),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         spare: Vec::new(),

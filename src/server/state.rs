@@ -21,6 +21,7 @@ use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::history::History;
+use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
@@ -120,6 +121,8 @@ pub struct State {
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
     pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
+    /// Upstreams that have slowed.
+    pub slow: SlowUpstreams,
     /// What is logged.
     pub log_level: LogLevel,
     /// What was measured, by time.
@@ -434,6 +437,7 @@ impl State {
         }
         self.history.add_checks(&self.checkers);
         self.look_at_rejections();
+        self.look_at_speed();
         answered
     }
 
