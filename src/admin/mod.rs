@@ -242,7 +242,9 @@ fn router(state: State, events: Events, reach: Reach) -> Router {
     let scope = state.scope;
     let server = Server { state, events, reach };
     let mut all = Router::new();
-    for Route { path, guard, is_probe, handler, .. } in routes() {
+    for Route { path, method, guard, is_probe, handler } in routes() {
+        // Whatever is no GET changes something.
+        let guard = if method == Method::GET { guard } else { Guard::Change };
         let handler = match (scope, guard) {
             (Scope::Probes, _) if !is_probe => continue,
             (Scope::Probes, _) | (Scope::All, Guard::Open) => handler,

@@ -7,7 +7,7 @@ mod look;
 mod problems;
 mod reload;
 mod slowness;
-mod speed;
+pub mod speed;
 mod state;
 mod status;
 mod suspicion;

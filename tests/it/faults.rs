@@ -159,6 +159,36 @@ fn top(balancer: &Balancer) -> String {
     text
 }
 
+/// `doctor --config` names each and exits with 1; `doctor ADDR` of the slow one says which part of it is slow.
+#[track_caller]
+fn doctor_names(balancer: &Balancer, [slow, resets, takes_none]: [SocketAddr; 3]) {
+    let file = balancer.config_file().display().to_string();
+    let doctor = |arguments: &[&str]| {
+        let (status, output) = Process::run(Command::new(env!("CARGO_BIN_EXE_preface")).arg("doctor").args(arguments));
+        (status.code(), output)
+    };
+    let (code, text) = doctor(&["--config", &file]);
+    assert_eq!(code, Some(1), "{text}");
+    for (address, what) in [
+        (slow, "slow to answer: 1"),
+        (resets, "it expects no header and gets v2: every connection fails (reset without a byte)"),
+        (takes_none, "it expects no header and gets v2: every connection fails (refused: HTTP 400)"),
+    ] {
+        assert!(text.contains(&format!("pool web, {address}: {what}")), "no {address}: {what} in {text}");
+    }
+    assert!(text.contains(&format!("{{ address = \"{takes_none}\", proxy_protocol = \"off\" }}")), "{text}");
+    assert!(
+        text.ends_with(
+            "of 7 upstreams and checks: 2 do not match {file}, 1 slower than the siblings"
+                .replace("{file}", &file)
+                .as_str()
+        ),
+        "{text}"
+    );
+    let (code, text) = doctor(&[&slow.to_string()]);
+    assert!(code == Some(0) && text.contains("so it is the application there that takes long"), "{text}");
+}
+
 #[track_caller]
 fn accuses_only(status: &Value, upstreams: [SocketAddr; 3]) {
     let problems = status["problems"].as_array().expect("problems").iter();
@@ -233,6 +263,8 @@ fn three_faults_are_named_within_ten_seconds_and_nobody_else_is() {
         let max = |upstream: &Value| upstream["latency"]["first_byte_ms"]["last_minute"]["max"].as_f64();
         assert!(upstreams.iter().all(|upstream| max(upstream) > Some(100.0)), "{pool}: nothing to be wrong about");
     }
+
+    doctor_names(&balancer, [slow.address, resets.address, takes_none]);
 
     slow.turn(Manner::Well);
     browser.wait_for("#problems", "that the slow one is as fast as ever", |text| !text.contains("slow to"));
