@@ -32,7 +32,7 @@ use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
 use measured::Measured;
-use record::{Entry, Registry};
+use record::Registry;
 use tap::Tap;
 
 pub use record::{Record, new_id};
@@ -126,9 +126,14 @@ impl Shared {
         });
     }
 
-    /// Adds what was carried since the last call to the counters of listeners and upstreams.
+    /// Adds what was carried since the last call to the counters of listeners and upstreams, and measures whose first
+    /// byte has come.
     pub fn fold(&self) {
-        self.registry.borrow().each(Entry::fold);
+        let measured = &mut *self.measured.borrow_mut();
+        self.registry.borrow().each(|entry| {
+            entry.fold();
+            entry.measure_first_byte(measured);
+        });
     }
 
     /// Hands over what was measured, for an empty one.

@@ -5,7 +5,10 @@ mod admin_side;
 mod exposition;
 mod history;
 mod look;
+mod problems;
 mod reload;
+mod slowness;
+pub mod speed;
 mod state;
 mod status;
 mod suspicion;
@@ -37,6 +40,7 @@ use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use admin_side::AdminSide;
 use history::History;
+use slowness::SlowUpstreams;
 use state::{LogLevel, State};
 use upgrade::{Inherited, Program, Taken};
 use watch::{ContentHash, Watch};
@@ -160,6 +164,7 @@ fn start_state(
         closing: Vec::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
+        slow: SlowUpstreams::new(Instant::now()),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         spare: Vec::new(),
