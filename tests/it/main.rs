@@ -31,6 +31,7 @@ mod requested;
 mod see;
 mod stopping;
 mod syscalls;
+mod systemd;
 mod tidy;
 mod top;
 mod traffic;
