@@ -5,6 +5,7 @@ mod admin_side;
 mod exposition;
 mod history;
 mod look;
+mod notify;
 mod problems;
 mod reload;
 mod slowness;
@@ -40,6 +41,7 @@ use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use admin_side::AdminSide;
 use history::History;
+use notify::Notifier;
 use slowness::SlowUpstreams;
 use state::{LogLevel, State};
 use upgrade::{Inherited, Program, Taken};
@@ -112,8 +114,12 @@ async fn serve(
         workers = state.workers.len(), listeners = state.config.listeners.len(), pools = state.config.pools.len(),
         max_connections = state.inputs.connections_max, in_place_of = taken.as_ref().map(|taken| taken.from), "serving"
     );
-    if let Some(taken) = taken {
-        tokio::task::spawn_blocking(|| taken.wait_for_predecessor());
+    match taken {
+        Some(taken) => {
+            state.notifier.be_silent();
+            state.speaks_after = Some(tokio::task::spawn_blocking(|| taken.wait_for_predecessor()));
+        }
+        None => state.notify_ready(),
     }
     run_until_stopped(&mut state, commands, watch, &mut signals).await;
     state.admin.end(LAST_RESETS).await;
@@ -181,6 +187,8 @@ fn start_state(
         program: None,
         upgrade: None,
         inherited: None,
+        speaks_after: None,
+        notifier: Notifier::from_environment(),
     })
 }
 
@@ -263,6 +271,7 @@ async fn run_until_stopped(
     let mut tick = interval(history::INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = Stopping::No;
+    let mut watchdog = notify::watchdog();
     let open = Arc::clone(&state.open);
     loop {
         state.probes.control_turned(Instant::now());
@@ -277,7 +286,9 @@ async fn run_until_stopped(
                 state.publish();
             }
             // While a new process starts, which reads the file itself, nothing may change of what it was offered.
-            change = watch.changed(), if !state.stopping && state.upgrade.is_none() => file_changed(state, change, &mut watch).await,
+            change = watch.changed(), if !state.stopping && state.upgrade.is_none() => {
+                file_changed(state, change, &mut watch).await;
+            }
             _ = hangup.recv(), if state.upgrade.is_none() => {
                 reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
             }
@@ -288,24 +299,10 @@ async fn run_until_stopped(
                     stopping = Stopping::HandedOver(Instant::now() + state.config.runtime.stop_timeout);
                 }
             }
-            name = stop_signal(terminate, interrupt) => {
-                if let Stopping::HandedOver(until) = stopping {
-                    tracing::info!(event = "stop", signal = name, open = open.count(), "stopping since the upgrade");
-                    stopping = Stopping::Draining(until);
-                    continue;
-                }
-                if state.stopping {
-                    tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
-                    return reset_the_rest(state).await;
-                }
-                // A new process that is only just starting ends with this.
-                drop(state.upgrade.take());
-                state.stopping = true;
-                state.probes.set_stopping();
-                let delay = state.config.runtime.stop_delay;
-                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = %humantime::format_duration(delay), "stopping");
-                stopping = Stopping::Delay(Instant::now() + delay);
-            }
+            name = stop_signal(terminate, interrupt) => match stop_ordered(state, name, &stopping) {
+                Some(next) => stopping = next,
+                None => return reset_the_rest(state).await,
+            },
             () = at(stop_at) => match stopping {
                 Stopping::Delay(_) => {
                     close_listeners(state).await;
@@ -319,7 +316,40 @@ async fn run_until_stopped(
             () = open.empty(), if matches!(stopping, Stopping::Draining(_) | Stopping::HandedOver(_)) => return,
             () = at(deadline) => state.fire(Instant::now()).await,
             // Also the signs of life of the workers.
-            _ = tick.tick() => state.sample().await,
+            _ = tick.tick() => {
+                state.sample().await;
+                state.notify_status();
+            }
+            () = notify::tick(&mut watchdog) => state.notify_alive(),
+            () = upgrade::released(&mut state.speaks_after) => {
+                state.speaks_after = None;
+                state.notify_main_process();
+            }
+        }
+    }
+}
+
+/// A signal to stop came: what comes next; `None`: the end, at once.
+fn stop_ordered(state: &mut State, signal: &str, stopping: &Stopping) -> Option<Stopping> {
+    let open = state.open.count();
+    match stopping {
+        Stopping::No => {
+            // A new process that is only just starting ends with this.
+            drop(state.upgrade.take());
+            state.stopping = true;
+            state.probes.set_stopping();
+            state.notify_stopping();
+            let delay = state.config.runtime.stop_delay;
+            tracing::info!(event = "stop", signal, open, stop_delay = %humantime::format_duration(delay), "stopping");
+            Some(Stopping::Delay(Instant::now() + delay))
+        }
+        Stopping::HandedOver(until) => {
+            tracing::info!(event = "stop", signal, open, "stopping since the upgrade");
+            Some(Stopping::Draining(*until))
+        }
+        Stopping::Delay(_) | Stopping::Draining(_) => {
+            tracing::warn!(event = "stop", signal, open, "second signal: stopping at once");
+            None
         }
     }
 }

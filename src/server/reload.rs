@@ -55,6 +55,9 @@ impl State {
     /// Loads this content in place of what runs, and reports what came of it.
     pub async fn reload(&mut self, trigger: ReloadTrigger, content: Result<Vec<u8>, String>) -> Arc<ReloadReport> {
         let begun = Instant::now();
+        if !self.stopping {
+            self.notifier.reloading();
+        }
         let mut report = ReloadReport {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             trigger: trigger.as_str(),
@@ -89,6 +92,9 @@ impl State {
         log_report(&report);
         let report = Arc::new(report);
         self.remember(Arc::clone(&report));
+        if !self.stopping {
+            self.notify_ready();
+        }
         report
     }
 

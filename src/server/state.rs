@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::address::Address;
 use crate::admin::guard::Access;
@@ -23,6 +24,7 @@ use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
+use crate::server::notify::Notifier;
 use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
 use crate::server::upgrade::{Inherited, Program, Upgrade};
@@ -158,6 +160,10 @@ pub struct State {
     pub upgrade: Option<Upgrade>,
     /// While this process takes over from another one.
     pub inherited: Option<Inherited>,
+    /// Until that one speaks for the service no more.
+    pub speaks_after: Option<JoinHandle<()>>,
+    /// To systemd.
+    pub notifier: Notifier,
 }
 
 impl State {
@@ -264,7 +270,8 @@ impl State {
         self.set_health(key, Health::Unhealthy, reason).await;
     }
 
-    fn health_of(&self, key: &UpstreamKey) -> Health {
+    /// What checks observed of an upstream, or what it starts with.
+    pub fn health_of(&self, key: &UpstreamKey) -> Health {
         let checked = self.config.pools.get(&key.pool).is_some_and(|pool| pool.health_check.is_some());
         let default = if checked { Health::Unknown } else { Health::Healthy };
         self.inputs.health.get(key).map_or(default, |record| record.health)

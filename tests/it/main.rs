@@ -32,6 +32,7 @@ mod requested;
 mod see;
 mod stopping;
 mod syscalls;
+mod systemd;
 mod tidy;
 mod top;
 mod traffic;

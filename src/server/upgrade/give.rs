@@ -14,7 +14,7 @@ use tokio::time::timeout_at;
 
 use super::{
     Observed, Offer, Order, PROTOCOL, Program, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover,
-    VARIABLE,
+    VARIABLE, released,
 };
 use crate::address::Address;
 use crate::config::Protocol;
@@ -176,6 +176,12 @@ impl State {
         if let Some(upgrade) = &self.upgrade {
             return Err(format!("an upgrade is under way already, to process {}", upgrade.child.id()));
         }
+        if self.speaks_after.is_some() {
+            // The last upgrade is not yet told to the end: a matter of a millisecond.
+            released(&mut self.speaks_after).await;
+            self.speaks_after = None;
+            self.notify_main_process();
+        }
         let program = self.program.clone().ok_or("this process cannot be upgraded: it is not `preface run`")?;
         may_upgrade(std::process::id())?;
         let offered = self.offered().await?;
@@ -242,7 +248,9 @@ impl State {
                     errors: Vec::new(),
                     duration_ms: begun.elapsed().as_secs_f64() * 1000.0,
                 };
+                self.notifier.hand_over(pid);
                 self.tell_upgrade(reply, report);
+                // From here on the new process speaks for the service.
                 drop(channel);
                 true
             }

@@ -12,7 +12,7 @@
 //! Takeover: orders and health           ->
 //!                                             serves
 //!                                       <-    Serving
-//! closes the stream, and drains
+//! tells systemd, closes the stream, and drains
 //! ```
 //!
 //! They are the same kernel sockets, so what is queued in them is served by whoever reads next, and nobody is refused at
@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use crate::pool::{AdminState, Health};
 
 pub use give::{Upgrade, ready};
-pub use take::{Inherited, Taken};
+pub use take::{Inherited, Taken, released};
 
 /// A process that was started to take over has its predecessor's process id here.
 const VARIABLE: &str = "PREFACE_UPGRADE";

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use socket2::{SockRef, Type};
+use tokio::task::JoinHandle;
 
 use super::{Offer, PROTOCOL, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover, VARIABLE};
 use crate::admin::announce;
@@ -116,6 +117,14 @@ impl Taken {
         if self.channel.set_timeout(STEP_WITHIN).is_ok() {
             let _ = self.channel.wait_for_close();
         }
+    }
+}
+
+/// Completes when the predecessor speaks for the service no more, if there is one.
+pub async fn released(waiting: &mut Option<JoinHandle<()>>) {
+    match waiting {
+        Some(handle) => drop(handle.await),
+        None => std::future::pending().await,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program under test, as its user runs it: a configuration file, a process, an admin socket.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -60,8 +61,13 @@ impl Balancer {
         let config = complete(config, directory.path(), &mut ports);
         std::fs::write(&file, config).expect("the configuration is written");
         command.arg("run").arg("--config").arg(&file).env("RUNTIME_DIRECTORY", directory.path());
-        for variable in ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS"] {
-            command.env_remove(variable);
+        // What the test itself sets, stays.
+        let set: Vec<OsString> =
+            command.get_envs().filter_map(|(name, value)| value.map(|_| name.to_owned())).collect();
+        for variable in ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC"] {
+            if !set.iter().any(|name| name == variable) {
+                command.env_remove(variable);
+            }
         }
         let process = Process::start(&mut command);
         let mut balancer = Balancer { process, directory, ports };
