@@ -1,7 +1,6 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -18,6 +17,7 @@ use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
 use crate::net::datagram;
 use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
+use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
 use crate::snapshot::{self, At, SocketKey};
@@ -46,7 +46,9 @@ const SETTING_MAX: Duration = Duration::from_millis(200);
 struct Bound {
     key: SocketKey,
     address: Address,
+    /// One for each worker, or the one of which it has one.
     sockets: Vec<Socket>,
+    file: Option<SocketFile>,
 }
 
 impl State {
@@ -93,11 +95,12 @@ impl State {
     /// Puts a configuration in force, or says why it can't be; then nothing has changed.
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
-        let bound = self.bind(&new)?;
+        let mut bound = self.bind(&new)?;
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
-        for bound in &bound {
+        for bound in &mut bound {
             self.inputs.slots.insert(bound.key.clone(), self.next_slot);
+            self.socket_files.extend(bound.file.take().map(|file| (bound.key.clone(), file)));
             self.next_slot += 1;
         }
         self.carry_over(&old);
@@ -148,7 +151,7 @@ impl State {
     fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
         let mut keys = BTreeMap::new();
         for listener in config.listeners.values() {
-            for key in snapshot::socket_keys(listener, self.inputs.has_ipv6) {
+            for key in snapshot::socket_keys(listener, &self.inputs) {
                 keys.insert(key, listener.name.clone());
             }
         }
@@ -158,20 +161,33 @@ impl State {
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
     fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
-        let mut errors = Vec::new();
+        let mut errors = self.inherited_errors(new);
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
-            let At::Ip { address, v6only } = key.at else { continue };
-            let options = BindOptions { address, v6only, keepalive: new.listeners[&name].keepalive };
-            match self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other))) {
-                Ok(sockets) => {
-                    own.insert(key.clone());
-                    bound.push(Bound { key, address: address.into(), sockets });
+            let listener = &new.listeners[&name];
+            let made = match &key.at {
+                At::Ip { address, v6only } => {
+                    let options = BindOptions { address: *address, v6only: *v6only, keepalive: listener.keepalive };
+                    let sockets = self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other)));
+                    sockets.map(|sockets| (sockets, Address::Ip(*address), None))
                 }
-                Err(error) => errors.push(bind_error(&name, key.protocol, address, &error)),
+                At::Unix(path) => {
+                    let made = self.bind_unix(path);
+                    made.map(|(sockets, file)| (sockets, Address::Unix(Arc::clone(path)), Some(file)))
+                }
+                At::Inherited { index, .. } => {
+                    self.adopt(listener, *index).map(|(sockets, address)| (sockets, address, None))
+                }
+            };
+            match made {
+                Ok((sockets, address, file)) => {
+                    own.insert(key.clone());
+                    bound.push(Bound { key, address, sockets, file });
+                }
+                Err(error) => errors.push(bind_error(&name, &key, &error)),
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
@@ -270,26 +286,31 @@ impl State {
 
     async fn listen(&mut self, bound: Vec<Bound>) {
         let snapshot = self.snapshot.load_full();
-        for Bound { key, address, sockets } in bound {
+        for Bound { key, address, sockets, .. } in bound {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
-            for (worker, socket) in self.workers.iter().zip(sockets) {
-                let opened = match key.protocol {
-                    Protocol::Tcp => listen::listen(&socket),
-                    Protocol::Udp => Ok(()),
+            // A socket that one worker serves alone is not always the first one's.
+            let workers = self.workers.iter().cycle().skip(slot % self.workers.len());
+            for (worker, socket) in workers.zip(sockets) {
+                let opened = match (key.protocol, &key.at) {
+                    (Protocol::Tcp, At::Ip { .. } | At::Unix(_)) => listen::listen(&socket),
+                    // It takes datagrams already, or listens already, with the queue that its maker chose.
+                    (Protocol::Udp, _) | (_, At::Inherited { .. }) => Ok(()),
                 };
                 if let Err(error) = opened {
                     tracing::error!(event = "listen", listener = &*listener.life.name, %address, reason = %error);
                     continue;
                 }
-                let (protocol, bound, listener) = (key.protocol, address.clone(), Arc::clone(listener));
-                worker.send(Message::Listen { protocol, socket, bound, slot, listener }).await;
+                let (key, bound, listener) = (key.clone(), address.clone(), Arc::clone(listener));
+                worker.send(Message::Listen { key, socket, bound, slot, listener }).await;
             }
         }
     }
 
     async fn close(&mut self, gone: &[(SocketKey, usize)]) {
         for (key, slot) in gone {
+            // From here on a path leads nowhere; what is queued is still served.
+            drop(self.socket_files.remove(key));
             for worker in &self.workers {
                 let (closed, closing) = oneshot::channel();
                 worker.send(Message::Unlisten { slot: *slot, closed }).await;
@@ -344,7 +365,12 @@ fn shares(one: &SocketKey, other: &SocketKey) -> bool {
         && (address.ip().is_unspecified() || one_address.ip().is_unspecified() || address == one_address)
 }
 
-fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::io::Error) -> String {
+fn bind_error(name: &str, key: &SocketKey, error: &std::io::Error) -> String {
+    let (protocol, address) = match &key.at {
+        At::Ip { address, .. } => (key.protocol, address),
+        At::Unix(path) => return unix_error(name, path, error),
+        At::Inherited { name: fd, .. } => return format!("error: listener {name:?} cannot use fd:{fd}: {error}"),
+    };
     let port = address.port();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -360,6 +386,17 @@ fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::
     };
     let protocol = if protocol == Protocol::Udp { " for UDP" } else { "" };
     format!("error: listener {name:?} cannot bind {address}{protocol}: {error}; {next}")
+}
+
+fn unix_error(name: &str, path: &Path, error: &std::io::Error) -> String {
+    let path = path.display();
+    let next = match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!("see who has it: ss -xlp src {path}; or choose another path"),
+        std::io::ErrorKind::PermissionDenied => "let the user that runs preface write to its directory".to_owned(),
+        std::io::ErrorKind::NotFound => "make its directory first".to_owned(),
+        _ => "see the system's message".to_owned(),
+    };
+    format!("error: listener {name:?} cannot bind unix:{path}: {error}; {next}")
 }
 
 fn log_report(report: &ReloadReport) {
