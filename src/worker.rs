@@ -25,7 +25,7 @@ use crate::listener::{self, Acceptor, Lent};
 use crate::log;
 use crate::net::{Listening, limits};
 use crate::pool::UpstreamLife;
-use crate::snapshot::{Listener, Snapshot};
+use crate::snapshot::{At, Listener, Snapshot, SocketKey};
 use crate::termination::Termination;
 
 /// Messages under way to one worker; the control thread waits when it is full.
@@ -35,8 +35,8 @@ const INBOX_MAX: usize = 1024;
 pub enum Message {
     /// Serve this socket, which listens already or takes datagrams. An address may have several here.
     Listen {
-        /// What it is.
-        protocol: Protocol,
+        /// What it is, and whose.
+        key: SocketKey,
         /// The socket.
         socket: Socket,
         /// What it is bound to.
@@ -189,11 +189,11 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
     let mut udp = UdpSockets::default();
     while let Some(message) = messages.recv().await {
         match message {
-            Message::Listen { protocol: Protocol::Udp, socket, bound, slot, listener } => {
+            Message::Listen { key: SocketKey { protocol: Protocol::Udp, .. }, socket, bound, slot, listener } => {
                 udp.serve(&shared, socket, bound, slot, listener);
             }
-            Message::Listen { protocol: Protocol::Tcp, socket, bound, slot, listener } => {
-                acceptors.serve(&shared, socket, bound, slot, listener);
+            Message::Listen { key: SocketKey { at, .. }, socket, bound, slot, listener } => {
+                acceptors.serve(&shared, socket, (at, bound, slot), listener);
             }
             Message::Unlisten { slot, closed } => {
                 let mut tasks = acceptors.retire(slot, false);
@@ -250,11 +250,17 @@ struct Acceptors {
 }
 
 impl Acceptors {
-    fn serve(&mut self, shared: &Rc<Shared>, socket: Socket, bound: Address, slot: usize, listener: Arc<Listener>) {
+    fn serve(
+        &mut self,
+        shared: &Rc<Shared>,
+        socket: Socket,
+        (at, bound, slot): (At, Address, usize),
+        listener: Arc<Listener>,
+    ) {
         match Listening::new(socket) {
             Ok(listening) => {
                 let (retire, handed_over) = (Notify::new(), Cell::new(false));
-                let acceptor = Rc::new(Acceptor { listening, bound, slot, retire, handed_over });
+                let acceptor = Rc::new(Acceptor { listening, at, bound, slot, retire, handed_over });
                 let task = listener::run(Rc::clone(shared), Rc::clone(&acceptor), listener);
                 self.served.entry(slot).or_default().push((acceptor, tokio::task::spawn_local(task)));
             }

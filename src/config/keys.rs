@@ -231,7 +231,7 @@ static LISTENER: Table = Table {
             "bind",
             Kind::Texts("an address such as \":80\" or \"192.0.2.1:80\", or a list of them"),
             Default::Required,
-            "\":80\" (every address, IPv4 and IPv6), \"192.0.2.1:80\", \"[::]:80\", or a list of them.",
+            "\":80\" (every address, IPv4 and IPv6), \"192.0.2.1:80\", \"[::]:80\", \"unix:/path\" (mode 0660), \"fd:NAME\" (a socket handed over by systemd), or a list of them.",
         ),
         key(
             "protocol",
@@ -396,7 +396,7 @@ static UPSTREAM: Table = Table {
             "address",
             Kind::Text("an address such as \"10.0.0.30:80\""),
             Default::Required,
-            "IP address and port; without a port: the listener's.",
+            "IP address and port (without a port: the listener's), or \"unix:/path\".",
         ),
         key(
             "weight",

@@ -44,11 +44,13 @@ pub fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-/// A socket that an earlier process bound, and that goes on listening here.
-pub fn adopt(descriptor: OwnedFd, keepalive: Option<Duration>) -> io::Result<Socket> {
-    let socket = Socket::from(descriptor);
-    set_keepalive(&socket, keepalive)?;
-    Ok(socket)
+/// Makes a socket that listens already hand the options to what it accepts that our own ones do.
+pub fn adopt(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
+    if socket.domain()? == Domain::UNIX {
+        return Ok(());
+    }
+    socket.set_tcp_nodelay(true)?;
+    set_keepalive(socket, keepalive)
 }
 
 fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
@@ -86,13 +88,15 @@ pub struct Accepted {
 #[derive(Debug)]
 pub struct Listening {
     socket: AsyncFd<Socket>,
+    is_unix: bool,
 }
 
 impl Listening {
     /// Registers with the current runtime.
     pub fn new(socket: Socket) -> io::Result<Listening> {
+        let is_unix = socket.domain()? == Domain::UNIX;
         // SAFETY: a Socket refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Listening { socket: unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? } })
+        Ok(Listening { socket: unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? }, is_unix })
     }
 
     /// The next connection.
@@ -113,8 +117,12 @@ impl Listening {
         self.socket.get_ref().try_clone()
     }
 
-    /// Connections accepted from now on use this keepalive; `None`: off.
+    /// Connections accepted from now on use this keepalive; `None`: off. A UNIX socket needs none: its peer's end is
+    /// known at once.
     pub fn set_keepalive(&self, keepalive: Option<Duration>) -> io::Result<()> {
+        if self.is_unix {
+            return Ok(());
+        }
         set_keepalive(self.socket.get_ref(), keepalive)
     }
 

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod datagram;
 pub mod handover;
+pub mod inherited;
 pub mod limits;
 pub mod listen;
 pub mod splice;

@@ -11,7 +11,7 @@ use crate::admin::announce::{self, Announcement, address_text};
 use crate::admin::{self, Listener, Scope};
 use crate::config::{self, AdminBind};
 use crate::drain::{Stop, StopSource};
-use crate::server::upgrade::{Inherited, admin_key, probe_key};
+use crate::server::upgrade::{Predecessor, admin_key, probe_key};
 
 /// Bound from the start of the process until its end, or until another one takes its place.
 pub struct AdminSide {
@@ -30,14 +30,15 @@ struct Served {
 
 impl AdminSide {
     /// Binds what `[admin]` names, or takes over what a predecessor has bound for it.
-    pub fn bind(config: &config::Admin, mut inherited: Option<&mut Inherited>) -> io::Result<AdminSide> {
+    pub fn bind(config: &config::Admin, mut predecessor: Option<&mut Predecessor>) -> io::Result<AdminSide> {
         let mut served = Vec::new();
         let probe_bind = config.probe_bind.map(AdminBind::Tcp);
         let all = [(Some(&config.bind), Scope::All), (probe_bind.as_ref(), Scope::Probes)];
         for (bind, scope) in all.into_iter().filter_map(|(bind, scope)| Some((bind?, scope))) {
             let text = address_text(bind);
             let key = if scope == Scope::All { admin_key(&text) } else { probe_key(&text) };
-            let taken = inherited.as_mut().and_then(|inherited| inherited.take(&key)).and_then(|mut one| one.pop());
+            let taken =
+                predecessor.as_mut().and_then(|predecessor| predecessor.take(&key)).and_then(|mut one| one.pop());
             let adopted = taken.map(|socket| admin::adopt(bind, socket)).transpose()?.flatten();
             let listener = Arc::new(adopted.map_or_else(|| admin::bind(bind), Ok)?);
             served.push(Served { key, scope, listener });

@@ -9,13 +9,14 @@ mod notify;
 mod problems;
 mod reload;
 mod slowness;
+mod sockets;
 pub mod speed;
 mod state;
 mod status;
 mod suspicion;
 pub mod upgrade;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -35,6 +36,7 @@ use crate::control::{self, Command, ReloadTrigger};
 use crate::drain::OpenConnections;
 use crate::log;
 use crate::net;
+use crate::net::inherited::{self, Inherited};
 use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
@@ -44,7 +46,7 @@ use history::History;
 use notify::Notifier;
 use slowness::SlowUpstreams;
 use state::{LogLevel, State};
-use upgrade::{Inherited, Program, Taken};
+use upgrade::{Predecessor, Program, Taken};
 use watch::{ContentHash, Watch};
 
 /// Connections that are reset at the end have this long to be counted and logged.
@@ -52,8 +54,14 @@ const LAST_RESETS: Duration = Duration::from_secs(1);
 
 /// Serves the configuration in `path` until told to stop. Errors are for a person: what, where, what to do.
 /// `program`: what an upgrade starts in this process's place; without one there is no upgrade.
+///
+/// Called while the process has one thread: it takes the variables that tell of inherited sockets.
 pub fn run(path: PathBuf, program: Option<Program>) -> anyhow::Result<()> {
-    let inherited = Inherited::of_this_process()?;
+    let mut inherited = inherited::take();
+    let mut predecessor = Predecessor::of_this_process()?;
+    if let Some(predecessor) = &mut predecessor {
+        inherited = predecessor.take_inherited();
+    }
     let content = watch::read(&path).with_context(|| {
         format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
     })?;
@@ -62,7 +70,7 @@ pub fn run(path: PathBuf, program: Option<Program>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let warnings = parsed.warnings.render(Style::Plain);
     let file = LoadedFile { path, text, warnings, hash: ContentHash::of(&content) };
-    let outcome = runtime.block_on(serve(file, parsed.config, log.clone(), program, inherited));
+    let outcome = runtime.block_on(serve(file, parsed.config, log.clone(), inherited, program, predecessor));
     log.flush(Duration::from_secs(1));
     // A look at the file that hangs (NFS, a flood of file events) must not hold up the end of the process.
     runtime.shutdown_background();
@@ -81,17 +89,17 @@ async fn serve(
     file: LoadedFile,
     config: Config,
     log: log::Log,
+    inherited: Inherited,
     program: Option<Program>,
-    mut inherited: Option<Inherited>,
+    mut predecessor: Option<Predecessor>,
 ) -> anyhow::Result<()> {
-    let descriptors = limits::raise_descriptor_limit();
     let mut signals = Signals::new()?;
     let (handle, commands) = control::channel();
-    let admin = AdminSide::bind(&config.admin, inherited.as_mut())?;
+    let admin = AdminSide::bind(&config.admin, predecessor.as_mut())?;
     let admin_bind = admin.address()?;
-    let mut state = start_state(&file.path, &config, log, handle, descriptors, admin)?;
+    let mut state = start_state(&file.path, &config, log, handle, inherited, admin)?;
     (state.text, state.warnings) = (file.text, file.warnings);
-    (state.program, state.inherited) = (program, inherited);
+    (state.program, state.predecessor) = (program, predecessor);
     let bound = state.bind(&config).map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     let taken = state.take_over(&config)?;
     state.put_in_force(config, bound).await;
@@ -101,11 +109,13 @@ async fn serve(
     if let Some(taken) = &taken {
         taken.serving()?;
     }
-    state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.predecessor.as_ref()));
+    state.own_socket_files();
+    state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.admin.as_ref()));
     let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
     }
+    state.tell_of_unused_sockets();
     for (slot, listener) in &state.snapshot.load().slots {
         tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
     }
@@ -133,9 +143,10 @@ fn start_state(
     config: &Config,
     log: log::Log,
     handle: control::Handle,
-    descriptors: usize,
+    inherited: Inherited,
     admin: AdminSide,
 ) -> anyhow::Result<State> {
+    let descriptors = limits::raise_descriptor_limit();
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let open = Arc::new(OpenConnections::default());
     let count = match config.runtime.workers {
@@ -152,13 +163,15 @@ fn start_state(
         let worker = Worker::start(place, snapshot, open, handle.clone(), log.sender(), Arc::clone(&probes));
         workers.push(worker.context("cannot start a worker thread; see ulimit -u and the cgroup's pids.max")?);
     }
+    let (has_ipv6, ports) = (net::has_ipv6(), limits::local_ports());
+    let inputs = Inputs { inherited: Arc::new(inherited), has_ipv6, ports, ..Inputs::default() };
     let nothing = Config { listeners: BTreeMap::new(), pools: BTreeMap::new(), ..config.clone() };
     Ok(State {
         path: path.to_owned(),
         config: nothing,
         text: String::new(),
         warnings: Vec::new(),
-        inputs: Inputs { has_ipv6: net::has_ipv6(), ports: limits::local_ports(), ..Inputs::default() },
+        inputs,
         snapshot,
         workers,
         checkers: BTreeMap::new(),
@@ -168,6 +181,7 @@ fn start_state(
         touched: HashSet::new(),
         joined: HashSet::new(),
         closing: Vec::new(),
+        socket_files: HashMap::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
         slow: SlowUpstreams::new(Instant::now()),
@@ -186,7 +200,7 @@ fn start_state(
         admin,
         program: None,
         upgrade: None,
-        inherited: None,
+        predecessor: None,
         speaks_after: None,
         notifier: Notifier::from_environment(),
     })
@@ -195,8 +209,8 @@ fn start_state(
 impl State {
     /// Says to the process whose place is taken that this one could serve, and waits until it has let go.
     fn take_over(&mut self, config: &Config) -> anyhow::Result<Option<Taken>> {
-        let Some(inherited) = self.inherited.take() else { return Ok(None) };
-        let (taken, takeover) = inherited.take_over()?;
+        let Some(predecessor) = self.predecessor.take() else { return Ok(None) };
+        let (taken, takeover) = predecessor.take_over()?;
         takeover.apply(config, &mut self.inputs);
         Ok(Some(taken))
     }
@@ -368,7 +382,9 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-async fn close_listeners(state: &State) {
+async fn close_listeners(state: &mut State) {
+    // Nobody new finds UNIX sockets from here on; what is queued is still served.
+    state.socket_files.clear();
     let mut closed = Vec::new();
     for worker in &state.workers {
         let (sender, receiver) = oneshot::channel();

@@ -1,9 +1,6 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::io;
-use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,9 +14,9 @@ use crate::admin::guard::Access;
 use crate::config::error::Style;
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
-use crate::net::datagram;
 use crate::net::limits;
-use crate::net::listen::{self, BindOptions};
+use crate::net::listen;
+use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
 use crate::snapshot::{self, At, SocketKey};
@@ -48,7 +45,9 @@ const SETTING_MAX: Duration = Duration::from_millis(200);
 pub struct Bound {
     key: SocketKey,
     address: Address,
+    /// One for each worker, or the one of which it has one.
     sockets: Vec<Socket>,
+    file: Option<SocketFile>,
 }
 
 impl State {
@@ -107,11 +106,12 @@ impl State {
     }
 
     /// Everything that can fail has succeeded.
-    pub async fn put_in_force(&mut self, new: Config, bound: Vec<Bound>) {
+    pub async fn put_in_force(&mut self, new: Config, mut bound: Vec<Bound>) {
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
-        for bound in &bound {
+        for bound in &mut bound {
             self.inputs.slots.insert(bound.key.clone(), self.next_slot);
+            self.socket_files.extend(bound.file.take().map(|file| (bound.key.clone(), file)));
             self.next_slot += 1;
         }
         self.carry_over(&old);
@@ -161,7 +161,7 @@ impl State {
     fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
         let mut keys = BTreeMap::new();
         for listener in config.listeners.values() {
-            for key in snapshot::socket_keys(listener, self.inputs.has_ipv6) {
+            for key in snapshot::socket_keys(listener, &self.inputs) {
                 keys.insert(key, listener.name.clone());
             }
         }
@@ -171,52 +171,23 @@ impl State {
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
     pub fn bind(&mut self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
-        let mut errors = Vec::new();
+        let mut errors = self.inherited_errors(new);
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
-            let At::Ip { address, v6only } = key.at else { continue };
-            let keepalive = new.listeners[&name].keepalive;
-            let options = BindOptions { address, v6only, keepalive };
-            let adopted = self.inherited.as_mut().and_then(|inherited| inherited.take(&key.to_string()));
-            let sockets = match adopted {
-                Some(sockets) => adopt(sockets, key.protocol, keepalive, self.workers.len()),
-                None => {
-                    let inherited = self.inherited.as_ref();
-                    let is_predecessors = inherited.is_some_and(|one| one.has_port(key.protocol, address.port()));
-                    let shared = is_predecessors || own.iter().any(|other| shares(&key, other));
-                    self.bind_ip(key.protocol, &options, shared)
-                }
-            };
-            match sockets {
-                Ok(sockets) => {
+            let shared = own.iter().any(|other| shares(&key, other));
+            let made = self.make_sockets(&key, &new.listeners[&name], shared);
+            match made {
+                Ok((sockets, address, file)) => {
                     own.insert(key.clone());
-                    bound.push(Bound { key, address: address.into(), sockets });
+                    bound.push(Bound { key, address, sockets, file });
                 }
-                Err(error) => errors.push(bind_error(&name, key.protocol, address, &error)),
+                Err(error) => errors.push(bind_error(&name, &key, &error)),
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
-    }
-
-    /// A socket for each worker. Where the address is `shared` with one of our own, a probe would see ourselves.
-    fn bind_ip(&self, protocol: Protocol, options: &BindOptions, shared: bool) -> std::io::Result<Vec<Socket>> {
-        match protocol {
-            Protocol::Tcp => {
-                if !shared {
-                    listen::probe(options)?;
-                }
-                listen::bind(options, self.workers.len())
-            }
-            Protocol::Udp => {
-                if !shared {
-                    datagram::probe(options)?;
-                }
-                datagram::bind(options, self.workers.len())
-            }
-        }
     }
 
     /// Moves what outlives a reload to its new names, and sees to what left and what joined.
@@ -295,26 +266,31 @@ impl State {
 
     async fn listen(&mut self, bound: Vec<Bound>) {
         let snapshot = self.snapshot.load_full();
-        for Bound { key, address, sockets } in bound {
+        for Bound { key, address, sockets, .. } in bound {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
-            for (worker, socket) in self.workers.iter().cycle().zip(sockets) {
-                let opened = match key.protocol {
-                    Protocol::Tcp => listen::listen(&socket),
-                    Protocol::Udp => Ok(()),
+            // A socket that one worker serves alone is not always the first one's.
+            let workers = self.workers.iter().cycle().skip(slot % self.workers.len());
+            for (worker, socket) in workers.zip(sockets) {
+                let opened = match (key.protocol, &key.at) {
+                    (Protocol::Tcp, At::Ip { .. } | At::Unix(_)) => listen::listen(&socket),
+                    // It takes datagrams already, or listens already, with the queue that its maker chose.
+                    (Protocol::Udp, _) | (_, At::Inherited { .. }) => Ok(()),
                 };
                 if let Err(error) = opened {
                     tracing::error!(event = "listen", listener = &*listener.life.name, %address, reason = %error);
                     continue;
                 }
-                let (protocol, bound, listener) = (key.protocol, address.clone(), Arc::clone(listener));
-                worker.send(Message::Listen { protocol, socket, bound, slot, listener }).await;
+                let (key, bound, listener) = (key.clone(), address.clone(), Arc::clone(listener));
+                worker.send(Message::Listen { key, socket, bound, slot, listener }).await;
             }
         }
     }
 
     async fn close(&mut self, gone: &[(SocketKey, usize)]) {
         for (key, slot) in gone {
+            // From here on a path leads nowhere; what is queued is still served.
+            drop(self.socket_files.remove(key));
             for worker in &self.workers {
                 let (closed, closing) = oneshot::channel();
                 worker.send(Message::Unlisten { slot: *slot, closed }).await;
@@ -361,27 +337,6 @@ impl State {
     }
 }
 
-/// The sockets of an earlier process, for so many workers. None is made; where there are too few, workers share those of
-/// TCP. Two readers of one UDP socket would tear its sessions apart: there some workers have none.
-fn adopt(
-    sockets: Vec<OwnedFd>,
-    protocol: Protocol,
-    keepalive: Option<Duration>,
-    workers: usize,
-) -> io::Result<Vec<Socket>> {
-    if protocol == Protocol::Udp {
-        return Ok(sockets.into_iter().map(Socket::from).collect());
-    }
-    let mut adopted = Vec::new();
-    for socket in sockets {
-        adopted.push(listen::adopt(socket, keepalive)?);
-    }
-    for index in adopted.len()..workers {
-        adopted.push(adopted[index - adopted.len()].try_clone()?);
-    }
-    Ok(adopted)
-}
-
 /// Only our own wildcard may share a port with our own address.
 fn shares(one: &SocketKey, other: &SocketKey) -> bool {
     let (Some(one_address), Some(address)) = (one.ip(), other.ip()) else { return false };
@@ -390,7 +345,12 @@ fn shares(one: &SocketKey, other: &SocketKey) -> bool {
         && (address.ip().is_unspecified() || one_address.ip().is_unspecified() || address == one_address)
 }
 
-fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::io::Error) -> String {
+fn bind_error(name: &str, key: &SocketKey, error: &std::io::Error) -> String {
+    let (protocol, address) = match &key.at {
+        At::Ip { address, .. } => (key.protocol, address),
+        At::Unix(path) => return unix_error(name, path, error),
+        At::Inherited { name: fd, .. } => return format!("error: listener {name:?} cannot use fd:{fd}: {error}"),
+    };
     let port = address.port();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -406,6 +366,17 @@ fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::
     };
     let protocol = if protocol == Protocol::Udp { " for UDP" } else { "" };
     format!("error: listener {name:?} cannot bind {address}{protocol}: {error}; {next}")
+}
+
+fn unix_error(name: &str, path: &Path, error: &std::io::Error) -> String {
+    let path = path.display();
+    let next = match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!("see who has it: ss -xlp src {path}; or choose another path"),
+        std::io::ErrorKind::PermissionDenied => "let the user that runs preface write to its directory".to_owned(),
+        std::io::ErrorKind::NotFound => "make its directory first".to_owned(),
+        _ => "see the system's message".to_owned(),
+    };
+    format!("error: listener {name:?} cannot bind unix:{path}: {error}; {next}")
 }
 
 fn log_report(report: &ReloadReport) {

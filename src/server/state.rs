@@ -20,6 +20,7 @@ use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply}
 use crate::drain::OpenConnections;
 use crate::health::{Checker, Target};
 use crate::log::Log;
+use crate::net::unix::SocketFile;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
@@ -27,7 +28,7 @@ use crate::server::history::History;
 use crate::server::notify::Notifier;
 use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
-use crate::server::upgrade::{Inherited, Program, Upgrade};
+use crate::server::upgrade::{Predecessor, Program, Upgrade};
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -122,6 +123,8 @@ pub struct State {
     pub joined: HashSet<UpstreamKey>,
     /// Addresses that left the configuration, until each worker has closed its socket.
     pub closing: Vec<(SocketKey, oneshot::Receiver<()>)>,
+    /// Files of the UNIX sockets that are served; dropped, a file is removed.
+    pub socket_files: HashMap<SocketKey, SocketFile>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
@@ -159,7 +162,7 @@ pub struct State {
     /// While a new process starts.
     pub upgrade: Option<Upgrade>,
     /// While this process takes over from another one.
-    pub inherited: Option<Inherited>,
+    pub predecessor: Option<Predecessor>,
     /// Until that one speaks for the service no more.
     pub speaks_after: Option<JoinHandle<()>>,
     /// To systemd.

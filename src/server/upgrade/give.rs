@@ -13,15 +13,15 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout_at;
 
 use super::{
-    Observed, Offer, Order, PROTOCOL, Program, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover,
-    VARIABLE, released,
+    INHERITED, Observed, Offer, Order, PROTOCOL, Program, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving,
+    Takeover, VARIABLE, released,
 };
 use crate::address::Address;
-use crate::config::Protocol;
 use crate::control::{UpgradeOutcome, UpgradeReport};
 use crate::listener::Lent;
 use crate::net::handover::{Channel, socket_number};
 use crate::server::state::State;
+use crate::snapshot::SocketKey;
 use crate::worker::Message;
 
 /// A worker that has not answered within this long makes the upgrade fail.
@@ -51,7 +51,7 @@ struct Offered {
 
 /// Where a listener's sockets stand here.
 struct Place {
-    protocol: Protocol,
+    key: SocketKey,
     slot: usize,
     bound: Address,
 }
@@ -126,10 +126,8 @@ impl Program {
     fn start(&self, input: OwnedFd) -> io::Result<(Successor, Errors)> {
         let mut command = Command::new(&self.path);
         command.args(&self.arguments).stdin(input).stderr(Stdio::piped()).env(VARIABLE, std::process::id().to_string());
-        // They name this process, and sockets that it has under numbers of its own.
-        for variable in ["WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
-            command.env_remove(variable);
-        }
+        // It names this process.
+        command.env_remove("WATCHDOG_PID");
         let mut child = command.spawn()?;
         let pipe = child.stderr.take();
         let child = Successor(Some(child));
@@ -162,7 +160,8 @@ impl State {
                 tracing::info!(event = "upgrade", pid = child.id(), "a new process starts");
                 let offered = Arc::new(offered);
                 let offering = Arc::clone(&offered);
-                let ready = spawn_blocking(move || offer(channel, &offering));
+                let inherited = self.inputs.inherited.sockets().iter().map(|socket| socket.name.clone()).collect();
+                let ready = spawn_blocking(move || offer(channel, &offering, inherited));
                 self.upgrade = Some(Upgrade { child, errors, ready, offered, begun, reply });
             }
             Err(error) => self.tell_upgrade(reply, failed(vec![error], begun)),
@@ -213,13 +212,16 @@ impl State {
         for (key, slot) in &self.inputs.slots {
             let Some((bound, sockets)) = by_slot.remove(slot) else { continue };
             let sockets = distinct(sockets).map_err(failed)?.into_iter().map(OwnedFd::from).collect();
-            let place = Some(Place { protocol: key.protocol, slot: *slot, bound });
+            let place = Some(Place { key: key.clone(), slot: *slot, bound });
             offered.push(Offered { key: key.to_string(), place, sockets });
         }
         for (key, socket) in self.admin.sockets() {
             let sockets = vec![socket.try_clone_to_owned().map_err(failed)?];
             offered.push(Offered { key, place: None, sockets });
         }
+        let inherited = self.inputs.inherited.sockets().iter();
+        let sockets: io::Result<Vec<_>> = inherited.map(|socket| socket.duplicate().map(OwnedFd::from)).collect();
+        offered.push(Offered { key: INHERITED.to_owned(), place: None, sockets: sockets.map_err(failed)? });
         let sockets = vec![io::stderr().as_fd().try_clone_to_owned().map_err(failed)?];
         offered.push(Offered { key: STANDARD_ERROR.to_owned(), place: None, sockets });
         Ok(offered)
@@ -240,6 +242,9 @@ impl State {
                 self.stopping = true;
                 self.probes.set_stopping();
                 self.admin.leave(&ready.adopted);
+                for (key, file) in &self.socket_files {
+                    file.set_owned(!ready.adopted.contains(&key.to_string()));
+                }
                 let report = UpgradeReport {
                     outcome: UpgradeOutcome::Upgraded,
                     pid,
@@ -330,13 +335,13 @@ impl State {
     }
 
     async fn listen_again(&self, offered: &Offered) {
-        let Some(Place { protocol, slot, bound }) = &offered.place else { return };
+        let Some(Place { key, slot, bound }) = &offered.place else { return };
         let Some(listener) = self.snapshot.load().slots.get(slot).cloned() else { return };
         for (index, socket) in offered.sockets.iter().enumerate() {
             let Ok(socket) = socket.try_clone() else { continue };
             let worker = &self.workers[index % self.workers.len()];
-            let (bound, listener) = (bound.clone(), Arc::clone(&listener));
-            let listen = Message::Listen { protocol: *protocol, socket: socket.into(), bound, slot: *slot, listener };
+            let (key, bound, listener) = (key.clone(), bound.clone(), Arc::clone(&listener));
+            let listen = Message::Listen { key, socket: socket.into(), bound, slot: *slot, listener };
             worker.send(listen).await;
         }
     }
@@ -389,9 +394,9 @@ fn distinct(sockets: Vec<Socket>) -> io::Result<Vec<Socket>> {
 }
 
 /// Shows the new process what there is, and waits until it is ready.
-fn offer(channel: Channel, offered: &[Offered]) -> Result<(Channel, Ready), String> {
+fn offer(channel: Channel, offered: &[Offered], inherited: Vec<String>) -> Result<(Channel, Ready), String> {
     let descriptors = offered.iter().map(|one| (one.key.clone(), one.sockets.len())).collect();
-    let offer = Offer { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned(), descriptors };
+    let offer = Offer { protocol: PROTOCOL, version: env!("CARGO_PKG_VERSION").to_owned(), descriptors, inherited };
     let exchange = || -> io::Result<Ready> {
         channel.set_timeout(READY_WITHIN)?;
         channel.send(&serde_json::to_vec(&offer)?)?;

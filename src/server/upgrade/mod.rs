@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use crate::pool::{AdminState, Health};
 
 pub use give::{Upgrade, ready};
-pub use take::{Inherited, Taken, released};
+pub use take::{Predecessor, Taken, released};
 
 /// A process that was started to take over has its predecessor's process id here.
 const VARIABLE: &str = "PREFACE_UPGRADE";
@@ -46,6 +46,9 @@ const READY_WITHIN: Duration = Duration::from_secs(12);
 const STEP_WITHIN: Duration = Duration::from_secs(5);
 /// The key of the predecessor's standard error among what is offered.
 const STANDARD_ERROR: &str = "stderr";
+
+/// The key of the sockets that the process was started with.
+const INHERITED: &str = "inherited";
 
 /// The key of the admin API's socket among what is offered.
 pub fn admin_key(address: &str) -> String {
@@ -64,6 +67,8 @@ struct Offer {
     version: String,
     /// What they are, and how many.
     descriptors: Vec<(String, usize)>,
+    /// The names of those that the first process was started with.
+    inherited: Vec<String>,
 }
 
 /// The new process could serve at once.

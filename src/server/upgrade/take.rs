@@ -8,23 +8,27 @@ use anyhow::{Context as _, bail};
 use socket2::{SockRef, Type};
 use tokio::task::JoinHandle;
 
-use super::{Offer, PROTOCOL, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover, VARIABLE};
+use super::{
+    INHERITED, Offer, PROTOCOL, READY_WITHIN, Ready, STANDARD_ERROR, STEP_WITHIN, Serving, Takeover, VARIABLE,
+};
 use crate::admin::announce;
 use crate::config::{AdminBind, Config, Protocol};
 use crate::net::handover::{Channel, replace_standard_error};
+use crate::net::inherited::Inherited;
 use crate::server::state::upstream_keys;
 use crate::snapshot::{AdminRecord, HealthRecord, Inputs};
 
 /// What the predecessor offers, and what was taken of it.
 #[derive(Debug)]
-pub struct Inherited {
+pub struct Predecessor {
     channel: Channel,
     /// The predecessor's process id.
     pub from: u32,
     offered: BTreeMap<String, Vec<OwnedFd>>,
+    inherited: Vec<(String, OwnedFd)>,
     adopted: Vec<String>,
     standard_error: OwnedFd,
-    predecessor: Option<AdminBind>,
+    admin: Option<AdminBind>,
 }
 
 /// The predecessor has let go: everything is this process's.
@@ -35,21 +39,21 @@ pub struct Taken {
     /// The predecessor's process id.
     pub from: u32,
     /// Where its admin API was.
-    pub predecessor: Option<AdminBind>,
+    pub admin: Option<AdminBind>,
 }
 
-impl Inherited {
+impl Predecessor {
     /// What a process that was started to take over is offered; `None` for every other process.
-    pub fn of_this_process() -> anyhow::Result<Option<Inherited>> {
+    pub fn of_this_process() -> anyhow::Result<Option<Predecessor>> {
         // The variable may be left over from long ago: only a parent that says so itself hands over.
         let parent = std::os::unix::process::parent_id();
         if std::env::var(VARIABLE).ok().and_then(|id| id.parse().ok()) != Some(parent) {
             return Ok(None);
         }
-        Inherited::receive(parent).map(Some).context("cannot take over from the running process")
+        Predecessor::receive(parent).map(Some).context("cannot take over from the running process")
     }
 
-    fn receive(from: u32) -> anyhow::Result<Inherited> {
+    fn receive(from: u32) -> anyhow::Result<Predecessor> {
         let channel = Channel::of_standard_input()?;
         channel.set_timeout(STEP_WITHIN)?;
         let offer: Offer = serde_json::from_slice(&channel.receive()?).context("its offer is not understood")?;
@@ -67,8 +71,15 @@ impl Inherited {
         let standard_error = offered.remove(STANDARD_ERROR).and_then(|mut one| one.pop());
         let standard_error = standard_error.context("its offer has no standard error")?;
         let admin = offered.keys().find_map(|key| key.strip_prefix("admin "));
-        let predecessor = admin.and_then(announce::parse);
-        Ok(Inherited { channel, from, offered, adopted: Vec::new(), standard_error, predecessor })
+        let admin = admin.and_then(announce::parse);
+        let sockets = offered.remove(INHERITED).unwrap_or_default();
+        let inherited = offer.inherited.into_iter().zip(sockets).collect();
+        Ok(Predecessor { channel, from, offered, inherited, adopted: Vec::new(), standard_error, admin })
+    }
+
+    /// The sockets that the first of all predecessors was started with.
+    pub fn take_inherited(&mut self) -> Inherited {
+        Inherited::of(std::mem::take(&mut self.inherited))
     }
 
     /// The sockets of one key, from now on this process's.
@@ -92,7 +103,7 @@ impl Inherited {
     ///
     /// What was not taken is closed here and stays the predecessor's, which serves what is queued before it closes it.
     pub fn take_over(self) -> anyhow::Result<(Taken, Takeover)> {
-        let Inherited { channel, from, offered, adopted, standard_error, predecessor } = self;
+        let Predecessor { channel, from, offered, adopted, standard_error, admin, .. } = self;
         drop(offered);
         let ready = Ready { version: env!("CARGO_PKG_VERSION").to_owned(), adopted };
         let gone = "the running process does not hand over after all; see its log";
@@ -100,7 +111,7 @@ impl Inherited {
         channel.set_timeout(READY_WITHIN)?;
         let takeover =
             serde_json::from_slice(&channel.receive().context(gone)?).context("its state is not understood")?;
-        Ok((Taken { channel, standard_error, from, predecessor }, takeover))
+        Ok((Taken { channel, standard_error, from, admin }, takeover))
     }
 }
 
