@@ -29,6 +29,7 @@ mod readme;
 mod receivers;
 mod reload;
 mod requested;
+mod scaling;
 mod see;
 mod stopping;
 mod syscalls;

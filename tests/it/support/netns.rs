@@ -38,6 +38,17 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Joins it to another by a cable whose ends have these addresses, each with its prefix length.
+    #[track_caller]
+    pub fn cable(&self, address: &str, other: &Namespace, others_address: &str) {
+        let number = NAMED.fetch_add(1, Ordering::Relaxed);
+        self.run(&format!("ip link add cable{number} type veth peer name cable{number} netns {}", other.name));
+        for (namespace, address) in [(self, address), (other, others_address)] {
+            namespace.run(&format!("ip addr add {address} dev cable{number}"));
+            namespace.run(&format!("ip link set cable{number} up"));
+        }
+    }
+
     /// A command that runs inside; `ip` replaces itself by it, so its process id is the program's.
     pub fn command(&self, name: &str) -> Command {
         let mut command = Command::new(program("ip"));
