@@ -17,6 +17,7 @@ mod fast_open;
 mod hostile;
 mod hostile_udp;
 mod integrity;
+mod kubernetes;
 mod load;
 mod look;
 mod measured;
