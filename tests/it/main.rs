@@ -12,6 +12,7 @@ mod compare;
 mod config;
 mod dns;
 mod doctor;
+mod examples;
 mod exchange;
 mod fast_open;
 mod hostile;

@@ -337,63 +337,39 @@ fn within(selector: &Value, labels: &Value) -> bool {
     })
 }
 
-/// An object's kind, what is changed in it, to what, and words of the complaint.
+/// An object's kind, what is changed in it (POD and C stand for a pod's specification and its container), to what, and words
+/// of the complaint.
 type Change = (&'static str, &'static str, Value, &'static str);
 
 fn changes() -> Vec<Change> {
     vec![
-        ("Deployment", "/spec/template/spec/terminationGracePeriodSeconds", json!(59), "killed after 59 s"),
+        ("Deployment", "POD/terminationGracePeriodSeconds", json!(59), "killed after 59 s"),
+        ("Deployment", "POD/C/ports/0/containerPort", json!(8081), "the container has ports"),
+        ("Deployment", "POD/C/ports/0/name", json!("web"), "there is no port"),
+        ("Deployment", "POD/C/ports/2/containerPort", json!(9900), "port probes is 9900"),
+        ("Deployment", "POD/C/livenessProbe/httpGet/path", json!("/readyz"), "livenessProbe"),
+        ("Deployment", "POD/C/readinessProbe/httpGet/port", json!("http"), "readinessProbe"),
+        ("Deployment", "POD/C/resources/limits", json!({"cpu": 1}), "a CPU limit"),
+        ("Deployment", "POD/C/resources/requests", json!({}), "set workers and requests"),
+        ("Deployment", "POD/C/image", json!("preface:latest"), "another one tomorrow"),
+        ("Deployment", "POD/securityContext/runAsNonRoot", json!(false), "runAsNonRoot"),
+        ("Deployment", "POD/securityContext/seccompProfile", json!({}), "seccompProfile"),
+        ("Deployment", "POD/C/securityContext/capabilities/drop", json!([]), "capabilities"),
+        ("Deployment", "POD/C/securityContext/readOnlyRootFilesystem", json!(false), "readOnly"),
+        ("Deployment", "POD/C/securityContext/allowPrivilegeEscalation", json!(true), "allowP"),
+        ("Deployment", "POD/automountServiceAccountToken", json!(true), "automount"),
+        ("Deployment", "POD/volumes/0", json!({"name": "config", "hostPath": {}}), "no ConfigMap"),
+        ("Deployment", "POD/volumes/0/configMap/name", json!("other"), "no ConfigMap"),
+        ("Deployment", "POD/C/volumeMounts/0/mountPath", json!("/etc"), "nothing is mounted"),
         (
             "Deployment",
-            "/spec/template/spec/containers/0/ports/0/containerPort",
-            json!(8081),
-            "the container has ports",
-        ),
-        ("Deployment", "/spec/template/spec/containers/0/ports/0/name", json!("web"), "there is no port"),
-        ("Deployment", "/spec/template/spec/containers/0/ports/2/containerPort", json!(9900), "port probes is 9900"),
-        (
-            "Deployment",
-            "/spec/template/spec/containers/0/livenessProbe/httpGet/path",
-            json!("/readyz"),
-            "livenessProbe",
-        ),
-        ("Deployment", "/spec/template/spec/containers/0/readinessProbe/httpGet/port", json!("http"), "readinessProbe"),
-        ("Deployment", "/spec/template/spec/containers/0/resources/limits", json!({"cpu": 1}), "a CPU limit"),
-        ("Deployment", "/spec/template/spec/containers/0/resources/requests", json!({}), "set workers and requests"),
-        ("Deployment", "/spec/template/spec/containers/0/image", json!("preface:latest"), "another one tomorrow"),
-        ("Deployment", "/spec/template/spec/securityContext/runAsNonRoot", json!(false), "runAsNonRoot"),
-        ("Deployment", "/spec/template/spec/securityContext/seccompProfile", json!({}), "seccompProfile"),
-        ("Deployment", "/spec/template/spec/containers/0/securityContext/capabilities/drop", json!([]), "capabilities"),
-        (
-            "Deployment",
-            "/spec/template/spec/containers/0/securityContext/readOnlyRootFilesystem",
-            json!(false),
-            "readOnly",
-        ),
-        (
-            "Deployment",
-            "/spec/template/spec/containers/0/securityContext/allowPrivilegeEscalation",
-            json!(true),
-            "allowP",
-        ),
-        ("Deployment", "/spec/template/spec/automountServiceAccountToken", json!(true), "automount"),
-        ("Deployment", "/spec/template/spec/volumes/0", json!({"name": "config", "hostPath": {}}), "no ConfigMap"),
-        ("Deployment", "/spec/template/spec/volumes/0/configMap/name", json!("other"), "no ConfigMap"),
-        (
-            "Deployment",
-            "/spec/template/spec/containers/0/volumeMounts/0/mountPath",
-            json!("/etc"),
-            "nothing is mounted",
-        ),
-        (
-            "Deployment",
-            "/spec/template/spec/containers/0/volumeMounts/0",
+            "POD/C/volumeMounts/0",
             json!({"name": "config", "mountPath": "/etc/preface", "subPath": "preface.toml"}),
             "by subPath",
         ),
         ("Deployment", "/spec/strategy/rollingUpdate/maxUnavailable", json!(1), "rollingUpdate"),
         ("Deployment", "/spec/selector/matchLabels", json!({"app": "x"}), "does not select its own pods"),
-        ("Deployment", "/spec/template/spec/topologySpreadConstraints/0/topologyKey", json!("zone"), "spread"),
+        ("Deployment", "POD/topologySpreadConstraints/0/topologyKey", json!("zone"), "spread"),
         ("PodDisruptionBudget", "/spec/maxUnavailable", json!(2), "budgets"),
         ("PodDisruptionBudget", "/spec/selector/matchLabels", json!({}), "budgets"),
         ("Service", "/spec/selector", json!({"app.kubernetes.io/name": "other"}), "selects other pods"),
@@ -423,8 +399,9 @@ fn each_rule_finds_what_it_forbids() {
         assert_eq!(complaints(objects), [""; 0]);
         for (kind, pointer, value, complaint) in changes {
             let mut changed = objects.clone();
+            let pointer = pointer.replacen("POD", "/spec/template/spec", 1).replacen("/C/", "/containers/0/", 1);
             let object = changed.iter_mut().find(|object| object["kind"] == kind).expect("an object of this kind");
-            *object.pointer_mut(pointer).unwrap_or_else(|| panic!("{kind} has no {pointer}")) = value.clone();
+            *object.pointer_mut(&pointer).unwrap_or_else(|| panic!("{kind} has no {pointer}")) = value.clone();
             let found = complaints(&changed);
             assert!(found.iter().any(|found| found.contains(complaint)), "{kind} {pointer} = {value}: {found:#?}");
         }
