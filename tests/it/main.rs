@@ -10,6 +10,7 @@ mod cli;
 mod codec;
 mod compare;
 mod config;
+mod container;
 mod dns;
 mod doctor;
 mod examples;

@@ -140,3 +140,12 @@ fn it_says_what_comes_next() {
     let (_, notes) = output.split_once("NOTES:\n").expect("the chart has notes");
     insta::assert_snapshot!(notes);
 }
+
+#[test]
+fn everything_is_of_one_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    let chart = &load(&text_of("deploy/helm/preface/Chart.yaml"))[0];
+    assert_eq!((chart["version"].as_str(), chart["appVersion"].as_str()), (Some(version), Some(version)));
+    let base = &load(&text_of("deploy/kustomize/base/kustomization.yaml"))[0];
+    assert_eq!(base["images"][0]["newTag"], version);
+}

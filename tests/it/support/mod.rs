@@ -11,6 +11,7 @@ pub mod http;
 pub mod more_peers;
 pub mod netns;
 pub mod peers;
+pub mod podman;
 pub mod ports;
 mod process;
 pub mod receiver;
