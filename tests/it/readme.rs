@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use preface::address::Client;
 use preface::config::{self, LogFormat};
 use preface::log::{ConnectionLine, connection_line, session_line};
 use preface::termination::Termination;
@@ -133,7 +134,7 @@ fn the_log_fields_are_the_code() {
         time: SystemTime::UNIX_EPOCH,
         id: "id",
         listener: "web",
-        client: "192.0.2.1:1".parse().expect("an address"),
+        client: Client::Ip("192.0.2.1:1".parse().expect("an address")),
         local: None,
         pool: None,
         upstream: None,

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-pub use balancer::{Balancer, preface, preface_as, preface_in};
+pub use balancer::{Balancer, preface, preface_as, preface_by, preface_in};
 pub use process::{Output, Process};
 pub use receiver::{Arrival, Receiver};
 
