@@ -1,4 +1,4 @@
-//! `deploy/monitoring`: the alerts do what they say, and every metric and label that they or the dashboard name exists.
+//! `deploy/prometheus`, `deploy/grafana`: the alerts do what they say, and every metric and label that they or the dashboard name exists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::support::receiver::say_who;
 use crate::support::{Balancer, Process, Receiver, preface, program};
 
 fn directory() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/monitoring")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy")
 }
 
 fn read(file: &str) -> String {
@@ -58,9 +58,9 @@ fn the_exposition_is_as_prometheus_wants_it() {
 #[test]
 fn the_alerts_fire_when_they_should_and_only_then() {
     let mut command = Command::new(program("promtool"));
-    promtool(command.current_dir(directory()).args(["test", "rules", "alerts-test.yaml"]));
-    let tests = read("alerts-test.yaml");
-    for line in read("alerts.yaml").lines() {
+    promtool(command.current_dir(directory().join("prometheus")).args(["test", "rules", "alerts-test.yaml"]));
+    let tests = read("prometheus/alerts-test.yaml");
+    for line in read("prometheus/alerts.yaml").lines() {
         if let Some(alert) = line.trim().strip_prefix("- alert: ") {
             assert!(tests.contains(alert), "{alert} has no test");
         }
@@ -69,7 +69,7 @@ fn the_alerts_fire_when_they_should_and_only_then() {
 
 /// Every expression of the dashboard, with its variables as Grafana would fill them in.
 fn dashboard_expressions() -> Vec<String> {
-    let dashboard: Value = serde_json::from_str(&read("dashboard.json")).expect("the dashboard is JSON");
+    let dashboard: Value = serde_json::from_str(&read("grafana/dashboard.json")).expect("the dashboard is JSON");
     let mut found = Vec::new();
     collect(&dashboard, &mut found);
     assert!(found.len() > 20, "{found:?}");
@@ -119,7 +119,7 @@ fn the_dashboards_expressions_are_promql() {
 /// Panels by their id, no two of which may be the same or lie upon another.
 #[test]
 fn the_dashboards_panels_have_places_of_their_own() {
-    let dashboard: Value = serde_json::from_str(&read("dashboard.json")).expect("the dashboard is JSON");
+    let dashboard: Value = serde_json::from_str(&read("grafana/dashboard.json")).expect("the dashboard is JSON");
     let (mut ids, mut cells) = (BTreeSet::new(), BTreeSet::new());
     for panel in dashboard["panels"].as_array().expect("panels") {
         assert!(ids.insert(panel["id"].as_u64().expect("an id")), "{}", panel["title"]);
@@ -198,7 +198,7 @@ fn every_metric_and_label_exists() {
         }
     }
     let mut texts = dashboard_expressions();
-    texts.extend([read("alerts.yaml"), read("alerts-test.yaml")]);
+    texts.extend([read("prometheus/alerts.yaml"), read("prometheus/alerts-test.yaml")]);
     let mut used = BTreeSet::new();
     for (name, matchers) in texts.iter().flat_map(|text| selectors(text)) {
         let name = family_of(&name, |family| families.contains_key(family));

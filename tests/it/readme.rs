@@ -1,6 +1,7 @@
-//! What the README and the Kubernetes manifest say is true: their TOML is valid, their commands exist, and the README's
-//! tables of ends and of log fields are the program's.
+//! What the README says is true: its TOML is valid, its commands exist, and its tables of ends and of log fields are the
+//! program's.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -11,7 +12,6 @@ use preface::log::{ConnectionLine, connection_line, session_line};
 use preface::termination::Termination;
 
 const README: &str = include_str!("../../README.md");
-const MANIFEST: &str = include_str!("../../deploy/kubernetes/preface.yaml");
 
 /// The fenced blocks of one language, each with the line on which it begins.
 fn blocks(language: &str) -> Vec<(usize, String)> {
@@ -44,21 +44,6 @@ fn table(header: &str) -> Vec<Vec<String>> {
     assert!(lines.next().is_some(), "no table in the README begins with {header:?}");
     let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
     rows.map(|row| row.trim_matches('|').split('|').map(|cell| cell.trim().to_owned()).collect()).collect()
-}
-
-/// The TOML in the manifest's ConfigMap, without YAML's indentation.
-fn manifest_toml() -> String {
-    let mut lines = MANIFEST.lines().skip_while(|line| *line != "  preface.toml: |");
-    assert!(lines.next().is_some(), "the manifest has no preface.toml");
-    let toml = lines.take_while(|line| line.is_empty() || line.starts_with("    "));
-    toml.map(|line| line.strip_prefix("    ").unwrap_or("").to_owned() + "\n").collect()
-}
-
-/// The number after `key:` in the manifest.
-fn manifest_number(key: &str) -> u64 {
-    let values: Vec<&str> = MANIFEST.lines().filter_map(|line| line.trim().strip_prefix(key)).collect();
-    assert_eq!(values.len(), 1, "{key} must stand in the manifest once");
-    values[0].trim().parse().expect("a number")
 }
 
 #[test]
@@ -112,10 +97,18 @@ fn links_and_paths_exist() {
             None => assert!(root.join(target).exists(), "{target} does not exist"),
         }
     }
-    for path in ["config/preface.toml", "deploy/docker/Dockerfile", "deploy/kubernetes/preface.yaml", "tests/run"] {
-        assert!(README.contains(path), "the README no longer names {path}: take it out of this test");
+    let words = README.split(|c: char| c.is_whitespace() || "`(),;|:'\"".contains(c));
+    let paths: BTreeSet<&str> = words.map(|word| word.trim_end_matches('.')).filter(|word| is_path(word)).collect();
+    assert!(paths.len() > 10, "{paths:?}");
+    for path in paths {
         assert!(root.join(path).exists(), "{path} does not exist");
     }
+}
+
+/// A file or directory of the repository.
+fn is_path(word: &str) -> bool {
+    let is_below = ["config/", "deploy/", "tests/", "benches/", "src/"].iter().any(|top| word.starts_with(top));
+    is_below && word.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c))
 }
 
 /// Headings as anchors: lower case, spaces to hyphens, punctuation gone.
@@ -167,7 +160,7 @@ fn the_log_fields_are_the_code() {
 
 #[test]
 fn the_table_of_alerts_is_the_file() {
-    let alerts = include_str!("../../deploy/monitoring/alerts.yaml");
+    let alerts = include_str!("../../deploy/prometheus/alerts.yaml");
     let lines = || alerts.lines().map(str::trim);
     let names = lines().filter_map(|line| line.strip_prefix("- alert: "));
     let severities = lines().filter_map(|line| line.strip_prefix("labels: { severity: ")?.strip_suffix(" }"));
@@ -197,35 +190,4 @@ fn the_figures_are_those_of_the_last_comparison() {
         let table = rest.split("\n\n").next().expect("a table");
         assert!(README.contains(table), "the README has other figures than {section}{table}");
     }
-}
-
-#[test]
-fn the_manifest_is_consistent() {
-    let parsed = config::parse("preface.yaml", &manifest_toml()).unwrap_or_else(|errors| panic!("{errors:?}"));
-    assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
-    let config = parsed.config;
-    assert_ne!(config.runtime.workers, 0, "a pod has no idea of its share of the node: set workers");
-    let stopping = config.runtime.stop_delay + config.runtime.stop_timeout + Duration::from_secs(5);
-    assert!(Duration::from_secs(manifest_number("terminationGracePeriodSeconds:")) >= stopping);
-    for listener in config.listeners.values() {
-        for bind in &listener.binds {
-            let Some(port) = bind.port() else { continue };
-            assert!(port >= 1024, "a restricted pod cannot bind {port}");
-            assert!(MANIFEST.contains(&format!("- name: {}\n              containerPort: {port}\n", listener.name)));
-            assert!(MANIFEST.contains(&format!("      targetPort: {}\n", listener.name)));
-        }
-    }
-    for required in [
-        "externalTrafficPolicy: Local",
-        "runAsNonRoot: true",
-        "type: RuntimeDefault",
-        "allowPrivilegeEscalation: false",
-        "readOnlyRootFilesystem: true",
-        "drop: [\"ALL\"]",
-        "automountServiceAccountToken: false",
-        "mountPath: /etc/preface\n",
-    ] {
-        assert!(MANIFEST.contains(required), "{required} is gone from the manifest");
-    }
-    assert!(!MANIFEST.contains("subPath:"), "a file mounted by subPath never changes again");
 }

@@ -11,6 +11,7 @@ pub mod http;
 pub mod more_peers;
 pub mod netns;
 pub mod peers;
+pub mod podman;
 pub mod ports;
 mod process;
 pub mod receiver;
@@ -18,7 +19,8 @@ pub mod user;
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub use balancer::{Balancer, preface, preface_as, preface_by, preface_in};
@@ -57,6 +59,16 @@ pub fn program(name: &str) -> PathBuf {
         .map(|directory| directory.join(name))
         .find(|file| file.is_file())
         .unwrap_or_else(|| panic!("{name} is not installed: run tests/run, which installs what the tests need"))
+}
+
+/// A checker that `tests/run` has put into the build's directory; where it could not, the test is skipped.
+pub fn checker(test: &str, name: &str) -> Option<Command> {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("checkers").join("bin").join(name);
+    if !file.is_file() {
+        skip(test, &format!("{name} is not installed: tests/run gets it from PyPI, where it can"));
+        return None;
+    }
+    Some(Command::new(file))
 }
 
 /// Says that this machine cannot run a test, on the terminal and in the file that `tests/run` prints at its end.
