@@ -158,7 +158,7 @@ fn the_yaml_files_are_tidy() {
     let Some(mut command) = checker(test, "yamllint") else { return };
     let all = files("deploy", "yaml");
     let yaml = all.iter().filter(|file| !file.components().any(|part| part.as_os_str() == "templates"));
-    let rules = "{extends: default, rules: {line-length: {max: 250}, document-start: disable, \
+    let rules = "{extends: default, rules: {line-length: disable, document-start: disable, \
                  comments: {min-spaces-from-content: 1}, braces: {max-spaces-inside: 1}, brackets: {max-spaces-inside: 1}}}";
     let (status, output) = Process::run(command.args(["--strict", "-d", rules]).args(yaml));
     assert!(status.success(), "{output}");
