@@ -7,17 +7,18 @@ pub mod rejection;
 pub mod source_hash;
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::address::Address;
 use crate::config::{self, Balance};
 use balance::Candidate;
 pub use life::{Lease, UpstreamLife};
 use source_hash::{ClientHash, LOOKS_MAX, Member, Table, Tables};
 
 /// What checks observed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
     /// Not checked yet.
@@ -40,7 +41,7 @@ impl Health {
 }
 
 /// What the operator ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdminState {
     /// As configured.
@@ -68,7 +69,7 @@ pub struct UpstreamKey {
     /// Name of the pool.
     pub pool: String,
     /// Address of the upstream.
-    pub address: SocketAddr,
+    pub address: Address,
 }
 
 impl fmt::Display for UpstreamKey {
@@ -348,9 +349,12 @@ impl Sources {
         config: &config::Pool,
         known: &mut Tables,
     ) -> Sources {
-        let name = |upstream: &Upstream| match config.upstreams[upstream.entry].port {
-            Some(_) => upstream.life.address.to_string(),
-            None => upstream.life.address.ip().to_string(),
+        let name = |upstream: &Upstream| {
+            let address = &upstream.life.address;
+            match address.ip().filter(|_| config.upstreams[upstream.entry].address.takes_port()) {
+                Some(without_port) => without_port.ip().to_string(),
+                None => address.to_string(),
+            }
         };
         let has = |backup: bool| members.iter().any(|index| upstreams[*index].candidate.backup == backup);
         let may_join = |upstream: &&Upstream| upstream.candidate.weight > 0 && has(upstream.candidate.backup);
@@ -379,7 +383,7 @@ mod tests {
         let config = config::parse("test.toml", &text).unwrap().config;
         let config = Arc::clone(&config.pools["p"]);
         let upstreams = upstreams.iter().enumerate().map(|(entry, (weight, limit))| Upstream {
-            life: UpstreamLife::new(SocketAddr::new(config.upstreams[entry].ip, entry as u16 + 1)),
+            life: UpstreamLife::new(config.upstreams[entry].address.at(None)),
             entry,
             connections_max: *limit,
             candidate: Candidate {

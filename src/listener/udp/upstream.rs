@@ -1,5 +1,6 @@
 //! Which upstream a session has: the first one, and the next when that one refuses, turned unhealthy or was removed.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,6 +10,7 @@ use ulid::Ulid;
 
 use super::session::{Link, Session};
 use super::{Core, Udp, number};
+use crate::address::Address;
 use crate::connection::{count_failure, next_source};
 use crate::net::check::is_local;
 use crate::net::datagram::{self, outbox::Outbox};
@@ -43,12 +45,17 @@ impl Udp {
             })?;
             let life = Arc::clone(picked.lease.life());
             attempts += 1;
-            let source = next_source(&self.shared, &pool.config.source, life.address);
-            match datagram::connect(life.address, source) {
+            let source = next_source(&self.shared, &pool.config.source, &life.address);
+            // Validation keeps upstreams that take no datagrams away from UDP.
+            let connected = match &life.address {
+                Address::Ip(address) => datagram::connect(*address, source),
+                Address::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+            };
+            match connected {
                 Ok(socket) => {
                     let plan = &listener.headers[pool.upstreams[picked.index].entry];
                     let mut header = Vec::new();
-                    plan.encode(client, local, Transport::Dgram, &id.to_string(), &mut header)
+                    plan.encode(Some((client, local)), Transport::Dgram, &id.to_string(), &mut header)
                         .map_err(|_| DropReason::TooBig)?;
                     life.session_begun();
                     let link = Link {
