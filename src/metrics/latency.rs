@@ -190,7 +190,8 @@ fn percentiles<C: hdrhistogram::Counter>(histogram: &Histogram<C>) -> Option<Per
 #[derive(Clone, Debug, Default)]
 pub struct CoarseTrack {
     interval: Buckets,
-    minute: VecDeque<Buckets>,
+    /// `None`: nothing was measured then. Most upstreams have most kinds of durations never.
+    minute: VecDeque<Option<Box<Buckets>>>,
     total: Buckets,
 }
 
@@ -205,7 +206,7 @@ impl CoarseTrack {
     pub fn close(&mut self) -> Option<Percentiles> {
         let interval = std::mem::take(&mut self.interval);
         let percentiles = interval.percentiles();
-        self.minute.push_back(interval);
+        self.minute.push_back(percentiles.map(|_| Box::new(interval)));
         if self.minute.len() > MINUTE_INTERVALS {
             self.minute.pop_front();
         }
@@ -215,7 +216,7 @@ impl CoarseTrack {
     /// Of the last minute, and of the interval that has begun.
     pub fn last_minute(&self) -> Option<Percentiles> {
         let mut sum = self.interval.clone();
-        self.minute.iter().for_each(|interval| sum.merge(interval));
+        self.minute.iter().flatten().for_each(|interval| sum.merge(interval));
         sum.percentiles()
     }
 

@@ -63,11 +63,20 @@ pub fn send_with_next(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Is it this machine that lacks something (a local port or address, a descriptor, a buffer, an epoll watch), so that
-/// the error says nothing about the upstream?
+/// Is it this machine that lacks something (a local port or address, a descriptor, a buffer, an epoll watch) or forbids it
+/// (its firewall, a policy of a cgroup, a route that prohibits), so that the error says nothing about the upstream?
 pub fn is_local(error: &io::Error) -> bool {
-    const OURS: [i32; 7] =
-        [libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EAGAIN, libc::ENOSPC];
+    const OURS: [i32; 9] = [
+        libc::EADDRNOTAVAIL,
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOBUFS,
+        libc::ENOMEM,
+        libc::EAGAIN,
+        libc::ENOSPC,
+        libc::EPERM,
+        libc::EACCES,
+    ];
     error.raw_os_error().is_some_and(|code| OURS.contains(&code))
 }
 

@@ -29,6 +29,7 @@ mod receivers;
 mod reload;
 mod requested;
 mod see;
+mod see_udp;
 mod stopping;
 mod syscalls;
 mod tidy;
