@@ -549,3 +549,6 @@ fn number(slot: usize, generation: u32) -> u64 {
 fn of_number(number: u64) -> (usize, u32) {
     ((number >> 32) as usize, number as u32)
 }
+
+#[cfg(test)]
+mod tests;

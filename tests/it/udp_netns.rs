@@ -88,6 +88,35 @@ fn a_wildcard_listener_on_several_addresses_is_the_one_that_was_asked() {
 }
 
 #[test]
+fn what_the_own_firewall_stops_is_not_held_against_the_upstream() {
+    let Some(pair) = namespaces("what_the_own_firewall_stops_is_not_held_against_the_upstream") else { return };
+    let server = pair.left.inside(|| DatagramServer::start(echo));
+    let lb = balancer(&pair, "10.231.0.1:0", server.address);
+    let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+    let client = pair.right.inside(|| client_at("10.231.0.2:0"));
+    assert_eq!(ask(&client, local, b"before").0, b"before");
+    let nft = |line: &str| {
+        let (status, output) = Process::run(pair.left.command("nft").arg(line));
+        assert!(status.success(), "{line}: {output}");
+    };
+    nft("add table inet own");
+    nft("add chain inet own output { type filter hook output priority 0; }");
+    nft(&format!("add rule inet own output udp dport {} drop", server.address.port()));
+    for count in 1..=5 {
+        client.send_to(b"stopped", local).expect("a datagram is sent");
+        let dropped = || lb.metric("preface_datagrams_dropped_total", &[("reason", "forbidden")]);
+        eventually("it is counted", || (dropped() == f64::from(count)).then_some(()));
+    }
+    lb.log().wait_for("why", |line| line.contains("event=datagrams_dropped") && line.contains("reason=forbidden"));
+    nft("delete table inet own");
+    assert_eq!(ask(&client, local, b"after").0, b"after");
+    assert_eq!(lb.metric("preface_upstream_connect_failures_total", &[]), 0.0);
+    assert_eq!(lb.metric("preface_sessions_moved_total", &[]), 0.0);
+    assert_eq!(lb.metric("preface_sessions_begun_total", &[]), 1.0);
+    assert_eq!(lb.upstream("p", server.address)["health"], "healthy");
+}
+
+#[test]
 fn without_a_local_port_new_clients_are_dropped_and_the_others_served() {
     let Some(pair) = namespaces("without_a_local_port_new_clients_are_dropped_and_the_others_served") else { return };
     let server = pair.left.inside(|| DatagramServer::start(echo));
