@@ -39,7 +39,7 @@ pub struct Problem {
 /// Per second; `None` where the server does not say.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// New connections.
+    /// New connections and UDP sessions.
     pub connections: Option<f64>,
     /// Failed connects; of everything: ends that are not regular.
     pub failures: Option<f64>,
@@ -47,6 +47,10 @@ pub struct Rates {
     pub bytes_in: Option<f64>,
     /// To clients.
     pub bytes_out: Option<f64>,
+    /// From clients.
+    pub datagrams_in: Option<f64>,
+    /// To clients.
+    pub datagrams_out: Option<f64>,
 }
 
 /// Milliseconds, of the last minute.
@@ -56,6 +60,19 @@ pub struct Latency {
     pub connect: [Option<f64>; 2],
     /// To the upstream's first byte: p50, p99.
     pub first_byte: [Option<f64>; 2],
+    /// Of UDP, from question to reply: p50, p99.
+    pub round_trip: [Option<f64>; 2],
+}
+
+impl Latency {
+    /// How long clients wait for an answer: p50, p99 of the slower one, where there are connections and UDP sessions.
+    pub fn answer(&self) -> [Option<f64>; 2] {
+        let slower = |one: Option<f64>, other: Option<f64>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.max(other)),
+            (one, other) => one.or(other),
+        };
+        [0, 1].map(|share| slower(self.first_byte[share], self.round_trip[share]))
+    }
 }
 
 /// A pool.
@@ -207,12 +224,14 @@ fn rates(value: &Value) -> Rates {
         failures: value["failures_per_s"].as_f64(),
         bytes_in: value["bytes_in_per_s"].as_f64(),
         bytes_out: value["bytes_out_per_s"].as_f64(),
+        datagrams_in: value["datagrams_in_per_s"].as_f64(),
+        datagrams_out: value["datagrams_out_per_s"].as_f64(),
     }
 }
 
 fn latency(value: &Value) -> Latency {
     let both = |kind: &str| ["p50", "p99"].map(|name| value[kind]["last_minute"][name].as_f64());
-    Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms") }
+    Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms"), round_trip: both("round_trip_ms") }
 }
 
 fn problems(model: &Model, status: &Value) -> Vec<Problem> {
@@ -247,6 +266,16 @@ fn problems(model: &Model, status: &Value) -> Vec<Problem> {
         }
         if !upstream.header_rejected.is_empty() {
             tell(true, format!("{name} refuses the header: {}", upstream.header_rejected));
+        }
+    }
+    for (name, listener) in status["listeners"].as_object().into_iter().flatten() {
+        // What the file forbids is dropped as it should be.
+        let reasons = listener["sessions"]["dropped_10m"].as_object().into_iter().flatten();
+        let reasons = reasons.filter(|(reason, _)| !["denied", "own_address", "closing"].contains(&reason.as_str()));
+        let told: Vec<String> = reasons.map(|(reason, lost)| format!("{reason} {}", count(lost.as_u64()))).collect();
+        if !told.is_empty() {
+            let (name, told) = (text(&name.as_str().into()), text(&told.join(", ").into()));
+            tell(false, format!("listener {name} dropped datagrams in the last 10 minutes: {told}"));
         }
     }
     if let (Some(open), Some(max)) = (model.open, model.open_max)
