@@ -236,5 +236,8 @@ mod tests {
         let unknown = touch(address, Some("198.51.100.1".parse().unwrap())).await.unwrap_err();
         assert!(is_local(&unknown), "{unknown}");
         assert!(!is_local(&io::ErrorKind::ConnectionRefused.into()));
+        for forbidden in [libc::EPERM, libc::EACCES] {
+            assert!(is_local(&io::Error::from_raw_os_error(forbidden)), "a firewall's, a policy's, a route's word");
+        }
     }
 }
