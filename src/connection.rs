@@ -8,7 +8,7 @@ mod tap;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -18,6 +18,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::address::Address;
 use crate::control;
 use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
@@ -32,7 +33,7 @@ use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
 use measured::Measured;
-use record::{Entry, Registry};
+use record::Registry;
 use session::SessionEntry;
 use tap::{Tap, Whose};
 
@@ -127,9 +128,14 @@ impl Shared {
         });
     }
 
-    /// Adds what was carried since the last call to the counters of listeners and upstreams.
+    /// Adds what was carried since the last call to the counters of listeners and upstreams, and measures whose first
+    /// byte has come.
     pub fn fold(&self) {
-        self.registry.borrow().each(Entry::fold);
+        let measured = &mut *self.measured.borrow_mut();
+        self.registry.borrow().each(|entry| {
+            entry.fold();
+            entry.measure_first_byte(measured);
+        });
     }
 
     /// Hands over what was measured, for an empty one.
@@ -243,10 +249,11 @@ async fn reach(
     let mut early = Early::default();
     let deadline = Instant::now() + listener.pool.config.connect_deadline;
     let mut attempts = Attempts::default();
+    let client_ip = record.client().ip().map(|client| client.ip());
     for _ in 0..=listener.pool.config.retries {
         // An attempt may come seconds after the accept: what was taken out since then must not get it.
         record.shared.refresh(slot, &mut listener);
-        let mut picked = attempts.pick(&listener.pool);
+        let mut picked = attempts.pick(client_ip, &listener.pool);
         if matches!(picked, Err(PickError::Tried)) {
             if Instant::now() + RETRY_SAME_DELAY >= deadline {
                 break;
@@ -254,7 +261,7 @@ async fn reach(
             sleep(RETRY_SAME_DELAY).await;
             record.shared.refresh(slot, &mut listener);
             attempts.tried.clear();
-            picked = attempts.pick(&listener.pool);
+            picked = attempts.pick(client_ip, &listener.pool);
         }
         let picked = match picked {
             Ok(picked) => picked,
@@ -306,9 +313,9 @@ struct Attempts {
 }
 
 impl Attempts {
-    fn pick(&self, pool: &Pool) -> Result<Picked, PickError> {
+    fn pick(&self, client: Option<IpAddr>, pool: &Pool) -> Result<Picked, PickError> {
         if self.tried.is_empty() && self.barred.is_empty() {
-            return pool.pick(&[]);
+            return pool.pick(client, &[]);
         }
         // By their lives: a reload in between may have moved their indices.
         let excluded =
@@ -316,7 +323,7 @@ impl Attempts {
         let upstreams = pool.upstreams.iter().enumerate();
         let tried: Vec<usize> =
             upstreams.filter(|(_, upstream)| excluded(&upstream.life)).map(|(index, _)| index).collect();
-        pool.pick(&tried)
+        pool.pick(client, &tried)
     }
 }
 
@@ -395,7 +402,7 @@ impl Attempt<'_> {
 
     /// Counts a failure against the upstream, unless it was ours.
     async fn connect(&self, record: &Record, early: &mut Early, sent: &mut Option<Sent>) -> Result<Stream, Failure> {
-        let (pool, address) = (&*self.pool.name, self.life.address);
+        let (pool, address) = (&*self.pool.name, &self.life.address);
         let options = ConnectOptions {
             source: next_source(&record.shared, &self.pool.config.source, address),
             keepalive: self.keepalive,
@@ -453,9 +460,7 @@ impl Attempt<'_> {
             let bytes = &mut *shared.header.borrow_mut();
             bytes.clear();
             let mut id = [0; ulid::ULID_LEN];
-            self.plan
-                .encode(record.client(), record.local(), Transport::Stream, record.id(&mut id), bytes)
-                .map_err(io::Error::other)?;
+            self.plan.encode(record.ends(), Transport::Stream, record.id(&mut id), bytes).map_err(io::Error::other)?;
             let header = bytes.len();
             if early.pending.is_empty() && !early.client_eof && !early.client_reset {
                 let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -507,10 +512,8 @@ pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
-    if sources.is_empty() {
-        return None;
-    }
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: &Address) -> Option<IpAddr> {
+    let upstream = upstream.ip().filter(|_| !sources.is_empty())?;
     let turn = shared.sources.replace(shared.sources.get().wrapping_add(1));
     let fitting = || sources.iter().filter(|source| source.is_ipv4() == upstream.is_ipv4());
     fitting().nth(turn % fitting().count().max(1)).copied()

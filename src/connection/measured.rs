@@ -8,15 +8,16 @@ use std::time::Duration;
 use crate::metrics::latency::{Buckets, Fine};
 use crate::pool::UpstreamLife;
 
-/// What is measured once for each connection that reached an upstream.
-#[derive(Clone, Copy, Debug)]
+/// What is measured once for each connection that reached an upstream; each as soon as it is known, because a connection
+/// may stay for days.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// The connect that succeeded.
-    pub connect: Duration,
+    pub connect: Option<Duration>,
     /// From accept to the upstream's first byte, if there was one.
     pub first_byte: Option<Duration>,
     /// From accept to the end.
-    pub duration: Duration,
+    pub duration: Option<Duration>,
 }
 
 /// From a UDP client's first datagram without a reply to the next reply.
@@ -57,10 +58,10 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// A connection to this upstream of this pool has ended.
+    /// Something is known of a connection to this upstream of this pool.
     pub fn record(&mut self, pool: &Arc<str>, life: &Arc<UpstreamLife>, times: Times) {
         let place = self.place(pool, life);
-        let all = [Some(times.connect), times.first_byte, Some(times.duration)];
+        let all = [times.connect, times.first_byte, times.duration];
         for (kind, duration) in all.into_iter().enumerate() {
             if let Some(duration) = duration {
                 self.record_at(place, kind, duration);
@@ -141,15 +142,17 @@ impl Measured {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     fn times(milliseconds: u64) -> Times {
-        let duration = Duration::from_millis(milliseconds);
+        let duration = Some(Duration::from_millis(milliseconds));
         Times { connect: duration, first_byte: None, duration }
     }
 
     #[test]
     fn keeps_upstreams_and_pools_apart_and_forgets_when_cleared() {
-        let lives: Vec<_> = (1..=3).map(|port| UpstreamLife::new(([127, 0, 0, 1], port).into())).collect();
+        let lives: Vec<_> =
+            (1..=3).map(|port| UpstreamLife::new(SocketAddr::from(([127, 0, 0, 1], port)).into())).collect();
         let (a, b): (Arc<str>, Arc<str>) = (Arc::from("a"), Arc::from("b"));
         let mut measured = Measured::default();
         measured.record(&a, &lives[0], times(1));
@@ -161,7 +164,7 @@ mod tests {
         let mut counts: Vec<_> = measured
             .upstreams()
             .map(|(pool, upstream)| {
-                (pool.to_owned(), upstream.life.address.port(), upstream.times.each_ref().map(Buckets::count))
+                (pool.to_owned(), upstream.life.address.port().unwrap(), upstream.times.each_ref().map(Buckets::count))
             })
             .collect();
         counts.sort();
@@ -177,7 +180,8 @@ mod tests {
 
     #[test]
     fn a_place_that_is_another_upstreams_is_not_believed() {
-        let lives: Vec<_> = (1..=2).map(|port| UpstreamLife::new(([127, 0, 0, 1], port).into())).collect();
+        let lives: Vec<_> =
+            (1..=2).map(|port| UpstreamLife::new(std::net::SocketAddr::from(([127, 0, 0, 1], port)).into())).collect();
         let pool: Arc<str> = Arc::from("a");
         let mut measured = Measured::default();
         let mut places = [7, 0];

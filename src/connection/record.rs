@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use ulid::Ulid;
 
 use super::Shared;
-use super::measured::Times;
+use super::measured::{Measured, Times};
+use crate::address::{Address, Client};
 use crate::config::{HeaderFormat, LogConnections, Protocol};
 use crate::control::view::{self, Filter};
 use crate::drain::OpenConnection;
@@ -74,8 +75,8 @@ pub(super) struct Entry {
     /// As bytes: a `Ulid` would be aligned to 16.
     id: [u8; 16],
     listener: Arc<ListenerLife>,
-    client: SocketAddr,
-    local: Cell<SocketAddr>,
+    client: Client,
+    local: RefCell<Address>,
     pool: RefCell<Option<Arc<str>>>,
     pub(super) upstream: RefCell<Option<Arc<UpstreamLife>>>,
     bytes_in: Cell<u64>,
@@ -84,6 +85,7 @@ pub(super) struct Entry {
     folded_out: Cell<u64>,
     started: Instant,
     first_byte: Cell<Option<Duration>>,
+    is_first_byte_measured: Cell<bool>,
     answer: Cell<Answer>,
     has_header: Cell<bool>,
     ended: Cell<Option<(Termination, Duration)>>,
@@ -108,7 +110,7 @@ enum Answer {
 impl Entry {
     /// Is it one that the filter means?
     pub(super) fn fits(&self, filter: &Filter) -> bool {
-        filter.fits(&self.listener.name, self.pool.borrow().as_deref(), self.client.ip())
+        filter.fits(&self.listener.name, self.pool.borrow().as_deref(), self.client.ip().map(|client| client.ip()))
             && filter.id.as_ref().is_none_or(|id| *id == Ulid::from_bytes(self.id).to_string())
     }
 
@@ -123,9 +125,9 @@ impl Entry {
             accepted: humantime::format_rfc3339_millis(accepted).to_string(),
             listener: self.listener.name.to_string(),
             client: self.client,
-            local: self.local.get(),
+            local: self.local.borrow().clone(),
             pool: self.pool.borrow().as_deref().map(str::to_owned),
-            upstream: self.upstream.borrow().as_ref().map(|life| life.address),
+            upstream: self.upstream.borrow().as_ref().map(|life| life.address.clone()),
             age_ms: view::milliseconds(ended.map_or_else(|| self.started.elapsed(), |(_, duration)| duration)),
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
@@ -147,6 +149,21 @@ impl Entry {
         if let Some(upstream) = &*self.upstream.borrow() {
             upstream.counters.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
             upstream.counters.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
+        }
+    }
+
+    /// Not in the moment it comes: that one belongs to the client.
+    pub(super) fn measure_first_byte(&self, measured: &mut Measured) {
+        if self.first_byte.get().is_none() || self.is_first_byte_measured.replace(true) {
+            return;
+        }
+        let times = Times { first_byte: self.first_byte.get(), ..Times::default() };
+        self.measure(measured, times);
+    }
+
+    fn measure(&self, measured: &mut Measured, times: Times) {
+        if let (Some(pool), Some(life)) = (&*self.pool.borrow(), &*self.upstream.borrow()) {
+            measured.record(pool, life, times);
         }
     }
 
@@ -222,8 +239,8 @@ impl Record {
     pub fn new(
         shared: &Rc<Shared>,
         listener: &Arc<ListenerLife>,
-        client: SocketAddr,
-        local: SocketAddr,
+        client: Client,
+        local: Address,
         open: Option<OpenConnection>,
         in_source: bool,
     ) -> Record {
@@ -231,7 +248,7 @@ impl Record {
             id: new_id().to_bytes(),
             listener: Arc::clone(listener),
             client,
-            local: Cell::new(local),
+            local: RefCell::new(local),
             pool: RefCell::default(),
             upstream: RefCell::default(),
             bytes_in: Cell::default(),
@@ -240,6 +257,7 @@ impl Record {
             folded_out: Cell::default(),
             started: Instant::now(),
             first_byte: Cell::default(),
+            is_first_byte_measured: Cell::default(),
             answer: Cell::default(),
             has_header: Cell::default(),
             ended: Cell::default(),
@@ -267,19 +285,19 @@ impl Record {
         record
     }
 
-    /// Replaces a wildcard by the address that the client connected to.
-    pub fn set_local(&mut self, local: SocketAddr) {
-        self.entry.local.set(local);
-    }
-
     /// Who connected.
-    pub(super) fn client(&self) -> SocketAddr {
+    pub(super) fn client(&self) -> Client {
         self.entry.client
     }
 
-    /// What it connected to.
-    pub(super) fn local(&self) -> SocketAddr {
-        self.entry.local.get()
+    /// Replaces a wildcard by the address that the client connected to.
+    pub fn set_local(&mut self, local: SocketAddr) {
+        *self.entry.local.borrow_mut() = local.into();
+    }
+
+    /// Who connected, and to what, where both are IP addresses.
+    pub(super) fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        Some((self.entry.client.ip()?, self.entry.local.borrow().ip()?))
     }
 
     fn ulid(&self) -> Ulid {
@@ -304,6 +322,8 @@ impl Record {
     /// The upstream was connected to in this time, and has the header.
     pub(super) fn introduced(&mut self, connect_time: Duration, format: Option<HeaderFormat>) {
         self.connect = Some(connect_time);
+        let times = Times { connect: self.connect, ..Times::default() };
+        self.entry.measure(&mut self.shared.measured.borrow_mut(), times);
         self.header = Some(format.map_or("off", HeaderFormat::as_str));
         if let Some(format) = format {
             self.entry.has_header.set(true);
@@ -328,7 +348,12 @@ impl Record {
         self.ended = true;
         let listener = &self.entry.listener;
         let duration = self.entry.started.elapsed();
-        self.measure(duration);
+        if self.connect.is_some() {
+            let is_measured = self.entry.is_first_byte_measured.replace(true);
+            let first_byte = self.entry.first_byte.get().filter(|_| !is_measured);
+            let times = Times { connect: None, first_byte, duration: Some(duration) };
+            self.entry.measure(&mut self.shared.measured.borrow_mut(), times);
+        }
         self.judge(termination, duration);
         // It may be looked at for a while, but nobody wakes it any more.
         self.entry.ended.set(Some((termination, duration)));
@@ -337,8 +362,10 @@ impl Record {
         self.shared.registry.borrow_mut().remove(self.index);
         listener.ended(termination);
         listener.open.fetch_sub(1, Ordering::Relaxed);
-        if self.in_source {
-            listener.leave_source(self.client().ip());
+        if self.in_source
+            && let Some(client) = self.entry.client.ip()
+        {
+            listener.leave_source(client.ip());
         }
         let wanted = self.shared.with_snapshot(|snapshot| match snapshot.log_connections {
             Some(LogConnections::Off) => false,
@@ -350,16 +377,6 @@ impl Record {
         }
         tracing::debug!(event = "end", id = %self.ulid(), end = %termination);
         self.open = None;
-    }
-
-    /// Once a connection, in memory of this worker alone.
-    fn measure(&self, duration: Duration) {
-        if let (Some(connect), Some(pool)) = (self.connect, &*self.entry.pool.borrow())
-            && let Some(life) = &*self.entry.upstream.borrow()
-        {
-            let times = Times { connect, first_byte: self.entry.first_byte.get(), duration };
-            self.shared.measured.borrow_mut().record(pool, life, times);
-        }
     }
 
     /// Did the upstream take the header?
@@ -376,17 +393,17 @@ impl Record {
     }
 
     fn log(&self, termination: Termination, duration: Duration) {
-        let pool = self.entry.pool.borrow();
-        let local = self.local();
+        let (pool, local, upstream) =
+            (self.entry.pool.borrow(), self.entry.local.borrow(), self.entry.upstream.borrow());
         let mut id = [0; ulid::ULID_LEN];
         let line = ConnectionLine {
             time: SystemTime::now(),
             id: self.id(&mut id),
             listener: &self.entry.listener.name,
-            client: self.client(),
-            local: (!local.ip().is_unspecified()).then_some(local),
+            client: self.entry.client,
+            local: (!local.is_unspecified()).then_some(&*local),
             pool: pool.as_deref(),
-            upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
+            upstream: upstream.as_ref().map(|life| &life.address),
             header: self.header,
             bytes_in: self.entry.bytes_in.get(),
             bytes_out: self.entry.bytes_out.get(),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ulid::Ulid;
 
+use crate::address::Address;
 use crate::config::Protocol;
 use crate::control::view::{self, Filter};
 use crate::snapshot::ListenerLife;
@@ -25,7 +26,7 @@ pub struct SessionEntry {
     pub local: SocketAddr,
     /// When it began.
     pub started: Instant,
-    way: RefCell<Option<(Arc<str>, SocketAddr)>>,
+    way: RefCell<Option<(Arc<str>, Address)>>,
     carried: Cell<Carried>,
     ended: Cell<Option<(Termination, Duration)>>,
 }
@@ -54,7 +55,7 @@ impl SessionEntry {
     }
 
     /// Takes note of the pool, the upstream, and what was carried until now.
-    pub fn publish(&self, pool: Arc<str>, upstream: SocketAddr, carried: Carried) {
+    pub fn publish(&self, pool: Arc<str>, upstream: Address, carried: Carried) {
         *self.way.borrow_mut() = Some((pool, upstream));
         self.carried.set(carried);
     }
@@ -67,7 +68,7 @@ impl SessionEntry {
     /// Is it one that the filter means? Its pool is known once it was published.
     pub fn fits(&self, filter: &Filter) -> bool {
         let way = self.way.borrow();
-        filter.fits(&self.listener.name, way.as_ref().map(|(pool, _)| &**pool), self.client.ip())
+        filter.fits(&self.listener.name, way.as_ref().map(|(pool, _)| &**pool), Some(self.client.ip()))
             && filter.id.as_ref().is_none_or(|id| *id == self.id.to_string())
     }
 
@@ -81,10 +82,10 @@ impl SessionEntry {
             protocol: Protocol::Udp.as_str(),
             accepted: humantime::format_rfc3339_millis(accepted).to_string(),
             listener: self.listener.name.to_string(),
-            client: self.client,
-            local: self.local,
+            client: self.client.into(),
+            local: Address::Ip(self.local),
             pool: way.as_ref().map(|(pool, _)| pool.to_string()),
-            upstream: way.as_ref().map(|(_, upstream)| *upstream),
+            upstream: way.as_ref().map(|(_, upstream)| upstream.clone()),
             age_ms: view::milliseconds(age),
             bytes_in: carried.bytes[0],
             bytes_out: carried.bytes[1],

@@ -1,13 +1,13 @@
 //! The metrics: what the control thread and the lives know, as Prometheus families.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
+use crate::address::Address;
 use crate::config::{HeaderFormat, Protocol};
 use crate::connection::measured::{KINDS, ROUND_TRIP, SESSION};
 use crate::metrics::Families;
@@ -15,6 +15,7 @@ use crate::metrics::latency::{self, Buckets};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{AdminState, Health, Upstream, UpstreamKey};
+use crate::server::slowness::Phase;
 use crate::server::state::State;
 use crate::server::status::Usage;
 use crate::snapshot::{ListenerLife, Moved, SessionCounters, Snapshot};
@@ -36,10 +37,10 @@ impl State {
         self.listener_families(&mut families);
         self.session_families(&mut families);
         let snapshot = self.snapshot.load();
-        let mut upstreams: BTreeMap<(&str, SocketAddr), &Upstream> = BTreeMap::new();
+        let mut upstreams: BTreeMap<(&str, &Address), &Upstream> = BTreeMap::new();
         for pool in snapshot.pools.values() {
             for upstream in &pool.upstreams {
-                upstreams.insert((&pool.name, upstream.life.address), upstream);
+                upstreams.insert((&pool.name, &upstream.life.address), upstream);
             }
         }
         let upstreams: Vec<Labelled> = upstreams
@@ -48,7 +49,7 @@ impl State {
                 pool,
                 address: address.to_string(),
                 upstream,
-                key: UpstreamKey { pool: pool.to_owned(), address },
+                key: UpstreamKey { pool: pool.to_owned(), address: address.clone() },
             })
             .collect();
         self.pool_families(&mut families, &snapshot);
@@ -328,6 +329,16 @@ impl State {
         );
         for Labelled { pool, address, key, .. } in upstreams {
             suspected.sample(&[("pool", pool), ("upstream", address)], self.suspicions.contains_key(key));
+        }
+        let mut slow = families.gauge(
+            "preface_upstream_slow",
+            "1 while the upstream is clearly slower than its siblings and than it was before: see the log or the status.",
+        );
+        for Labelled { pool, address, key, .. } in upstreams {
+            for phase in Phase::ALL {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("phase", phase.as_str())];
+                slow.sample(&labels, self.slow.of(key).is_some_and(|(slow, _)| slow == phase));
+            }
         }
         let mut health =
             families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");

@@ -15,6 +15,7 @@ use crate::connection::measured::{KINDS, Measured, OfUpstream};
 use crate::health::Checker;
 use crate::metrics::latency::{Buckets, CoarseTrack, FineTrack, Percentiles};
 use crate::pool::UpstreamKey;
+use crate::server::speed::{SAMPLES_MIN, WINDOW_INTERVALS_MAX};
 use crate::snapshot::{Inputs, ListenerLife};
 use crate::termination::{DropReason, Termination};
 use sessions::{Lately, OfSessions};
@@ -395,6 +396,15 @@ impl History {
         let Some(upstream) = self.upstreams.get(key) else { return nothing_measured() };
         let both = |track: &CoarseTrack| (track.last_minute(), track.total().percentiles());
         latency(with_checks(upstream.times.each_ref().map(both), both(&upstream.checks)))
+    }
+
+    /// What an upstream's connections took in the last seconds, and in the minute before. Longer than half an interval,
+    /// because a moment says nothing, and as far back as there are enough of them.
+    pub fn recent(&self, key: &UpstreamKey, kind: usize, now: Instant) -> [Buckets; 2] {
+        let Some(upstream) = self.upstreams.get(key) else { return Default::default() };
+        let is_young = now.duration_since(self.sampled) < INTERVAL / 2;
+        let closed = upstream.times[kind].closed_for(SAMPLES_MIN, usize::from(is_young)..=WINDOW_INTERVALS_MAX);
+        upstream.times[kind].recent(closed)
     }
 
     /// Percentiles of reloads.

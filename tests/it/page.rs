@@ -93,7 +93,7 @@ fn shows_udp_sessions_in_the_same_tables() {
     client.send_to(&[0; 65_507], balancer.ipv4("dns")).expect("a datagram is sent");
     browser.wait_for("#pools", "a percentile", |text| text.contains(" ms"));
     browser.wait_for("#listeners", "the drop and why", |text| text.contains("too_big 1") && text.contains("spp 3"));
-    browser.wait_for("#problems", "the drop", |text| text.contains("Listener dns") && text.contains("too_big 1"));
+    browser.wait_for("#problems", "the drop", |text| text.contains("listener dns") && text.contains("too_big 1"));
     browser.wait_for("#ends", "the end of the session", |text| text.contains("UDP preface.relay.idle_timeout"));
     browser.wait_for("#tap", "the session", |text| text.contains("dns (UDP)") && text.contains("spp, 38 bytes"));
     let plots = "return [...document.querySelectorAll('#listeners svg.plot polyline')].filter((line) => line.getAttribute('points')).length";

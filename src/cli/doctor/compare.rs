@@ -1,14 +1,15 @@
 //! PURE. Every upstream of a configuration, what was found there, and which line of the file to change.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use toml::de::DeTable;
 
 use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
-use crate::config::{Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs};
+use crate::address::Address;
+use crate::config::{Bind, Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs, UpstreamAddress};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct Target {
     /// Which of its upstreams.
     pub index: usize,
     /// Its address, with the listener's port where it has none of its own.
-    pub address: SocketAddr,
+    pub address: Address,
     /// Who connects there.
     pub role: Role,
     /// The pool's first source address.
@@ -71,6 +72,8 @@ pub struct Finding {
     pub problems: Vec<Problem>,
     /// For each problem, what to do with the file.
     pub changes: Vec<Change>,
+    /// What is slow about it beside its siblings, in a sentence.
+    pub slow: Option<String>,
 }
 
 /// One change of the file.
@@ -93,7 +96,7 @@ impl Finding {
         if target.role == Role::Check {
             problems.retain(|problem| problem.place == Place::HealthCheck);
         }
-        Finding { target, diagnosis, problems, changes: Vec::new() }
+        Finding { target, diagnosis, problems, changes: Vec::new(), slow: None }
     }
 
     /// There was no conclusion.
@@ -105,8 +108,9 @@ impl Finding {
     pub fn verdict(&self) -> &'static str {
         match (self.is_unjudged(), self.problems.is_empty()) {
             (true, _) => "not judged",
-            (false, true) => "ok",
             (false, false) => "mismatch",
+            (false, true) if self.slow.is_some() => "slow",
+            (false, true) => "ok",
         }
     }
 }
@@ -119,39 +123,45 @@ pub fn targets(config: &Config) -> Vec<Target> {
         for (index, upstream) in pool.upstreams.iter().enumerate() {
             let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
             let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
-            let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).map(|bind| bind.address.port());
-            let ports: BTreeSet<u16> = upstream.port.map_or_else(|| of_listeners.collect(), |port| [port].into());
+            let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).filter_map(Bind::port);
+            let addresses: BTreeSet<Address> = match upstream.address.takes_port() {
+                true => of_listeners.map(|port| upstream.address.at(Some(port))).collect(),
+                false => [upstream.address.at(None)].into(),
+            };
             let check_port = pool.health_check.as_ref().and_then(|check| check.port);
-            let new = |port, role, check: Option<&HealthCheck>| {
-                let (question, guessed) = question(check, port);
-                let address = SocketAddr::new(upstream.ip, port);
+            let new = |address: Address, role, check: Option<&HealthCheck>| {
+                let (question, guessed) = question(check, address.port());
                 let has_tlvs = tlvs != Tlvs::default();
                 let configured = Configured {
                     version: upstream.proxy_protocol.and_then(HeaderFormat::version),
                     tlvs: has_tlvs,
                     check: check.cloned(),
                 };
-                let (pool, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
+                let (pool, source, tlvs) = (pool.name.clone(), source(pool, &upstream.address), tlvs.clone());
                 Target { pool, index, address, role, source, question, guessed, tlvs, configured }
             };
-            for port in &ports {
-                let check = pool.health_check.as_ref().filter(|_| check_port.is_none_or(|own| own == *port));
-                found.push(new(*port, Role::Traffic, check));
+            for address in &addresses {
+                let check =
+                    pool.health_check.as_ref().filter(|_| check_port.is_none_or(|own| address.port() == Some(own)));
+                found.push(new(address.clone(), Role::Traffic, check));
             }
-            if let Some(port) = check_port.filter(|port| !ports.contains(port)) {
-                found.push(new(port, Role::Check, pool.health_check.as_ref()));
+            let is_traffic = |port| addresses.iter().any(|address| address.port() == Some(port));
+            if let (Some(ip), Some(port)) = (upstream.address.ip(), check_port.filter(|port| !is_traffic(*port))) {
+                let address = UpstreamAddress::Ip(ip, Some(port)).at(None);
+                found.push(new(address, Role::Check, pool.health_check.as_ref()));
             }
         }
     }
     found
 }
 
-fn source(pool: &Pool, upstream: IpAddr) -> Option<IpAddr> {
+fn source(pool: &Pool, upstream: &UpstreamAddress) -> Option<IpAddr> {
+    let upstream = upstream.ip()?;
     pool.source.iter().copied().find(|source| source.is_ipv4() == upstream.is_ipv4())
 }
 
 /// The check's own question where it asks one.
-fn question(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
+fn question(check: Option<&HealthCheck>, port: Option<u16>) -> (Question, bool) {
     match check.map(|check| &check.probe) {
         Some(Probe::Http { path, host, .. }) => (Question::Http { path: path.clone(), host: host.clone() }, false),
         Some(Probe::Tcp { send, expect }) if !expect.is_empty() => {

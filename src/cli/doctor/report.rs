@@ -1,19 +1,20 @@
 //! PURE. What the doctor found out, for people and for machines.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
 use super::advice::{self, OPTIONAL, checks, conclusion, found, found_word, toml, word};
 use super::compare::{Finding, Role};
 use super::judge::{Diagnosis, Expectation};
+use super::speed::Speed;
+use crate::address::Address;
 
 /// In the lines to copy.
 const POOL: &str = "NAME";
 
 /// One upstream, for people.
-pub fn diagnosis_text(address: SocketAddr, diagnosis: &Diagnosis) -> String {
+pub fn diagnosis_text(address: &Address, diagnosis: &Diagnosis) -> String {
     let mut text = format!("{address}, asked: {}\n\n", asked(diagnosis));
     let mut rows = vec![["sent first".to_owned(), "bytes".to_owned(), "what it did".to_owned()]];
     for (exchange, outcome) in &diagnosis.outcomes {
@@ -21,6 +22,9 @@ pub fn diagnosis_text(address: SocketAddr, diagnosis: &Diagnosis) -> String {
     }
     text += &columns(&rows, "  ");
     let _ = writeln!(text, "\n{}", capital(&conclusion(&diagnosis.expects)));
+    if let Some(speed) = Speed::of(diagnosis) {
+        let _ = writeln!(text, "{}", speed.describe());
+    }
     if matches!(diagnosis.expects, Expectation::Optional(_)) {
         let _ = writeln!(text, "Send it: {OPTIONAL}.");
     }
@@ -42,7 +46,7 @@ pub fn diagnosis_text(address: SocketAddr, diagnosis: &Diagnosis) -> String {
 }
 
 /// One upstream, for machines.
-pub fn diagnosis_json(address: SocketAddr, diagnosis: &Diagnosis) -> Value {
+pub fn diagnosis_json(address: &Address, diagnosis: &Diagnosis) -> Value {
     let mut value = json!({ "address": address });
     for (key, part) in diagnosis_parts(diagnosis) {
         value[key] = part;
@@ -79,6 +83,8 @@ fn diagnosis_parts(diagnosis: &Diagnosis) -> Vec<(&'static str, Value)> {
         ("expects", json!(found_word(&diagnosis.expects))),
         ("conclusion", json!(conclusion(&diagnosis.expects))),
         ("proxy_protocol", json!(advice::version(&diagnosis.expects).map(word))),
+        ("connect_ms", json!(Speed::of(diagnosis).map(|speed| (speed.connect_ms * 10.0).round() / 10.0))),
+        ("answer_ms", json!(Speed::of(diagnosis).map(|speed| (speed.answer_ms * 10.0).round() / 10.0))),
     ]
 }
 
@@ -108,6 +114,9 @@ pub fn findings_text(findings: &[Finding]) -> String {
                 (None, None) => writeln!(text, "  {}: take them out", change.place),
             };
         }
+        if let Some(slow) = &finding.slow {
+            let _ = writeln!(text, "\npool {}, {}: {slow}", target.pool, target.address);
+        }
         if finding.is_unjudged() {
             let why = conclusion(&finding.diagnosis.expects);
             let _ = writeln!(text, "\npool {}, {}: {why}", target.pool, target.address);
@@ -130,6 +139,7 @@ pub fn findings_json(findings: &[Finding]) -> Value {
             "configured": target.describe_configured(),
             "verdict": finding.verdict(),
             "changes": changes.collect::<Vec<_>>(),
+            "slow": finding.slow,
         });
         for (key, part) in diagnosis_parts(&finding.diagnosis) {
             value[key] = part;

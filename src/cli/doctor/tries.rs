@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use crate::address::Address;
 use crate::config::{HeaderFormat, Tlvs};
 use crate::pool::header::HeaderPlan;
 use crate::proxy_protocol::error::EncodeError;
@@ -55,22 +56,22 @@ impl Try {
         }
     }
 
-    /// The header's bytes. The addresses are the connection's own: nothing is forged, and whoever decides by address
+    /// The header's bytes. `ends` are this side's address and the upstream's; the addresses are the connection's own: nothing is forged, and whoever decides by address
     /// decides about this machine.
-    pub fn header(self, tlvs: &Tlvs, local: SocketAddr, peer: SocketAddr) -> Result<Vec<u8>, EncodeError> {
+    pub fn header(self, tlvs: &Tlvs, ends: (SocketAddr, SocketAddr)) -> Result<Vec<u8>, EncodeError> {
         let mut bytes = Vec::new();
         let none = Tlvs::default();
         let plan = |version, tlvs| HeaderPlan::new(Some(version), tlvs);
         match self {
             Try::Bare => {}
             Try::V2 => {
-                plan(HeaderFormat::V2, &none)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+                plan(HeaderFormat::V2, &none)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
             }
             Try::V1 => {
-                plan(HeaderFormat::V1, &none)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+                plan(HeaderFormat::V1, &none)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
             }
             Try::Tlvs => {
-                plan(HeaderFormat::V2, tlvs)?.encode(local, peer, Transport::Stream, CONNECTION_ID, &mut bytes)?
+                plan(HeaderFormat::V2, tlvs)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
             }
             Try::Local => Header::local(vec![]).encode(&mut bytes)?,
             Try::Unknown => Header::proxy(Version::V1, Addresses::Unknown, vec![]).encode(&mut bytes)?,
@@ -117,19 +118,22 @@ pub enum Question {
 const TLS_PORTS: [u16; 9] = [443, 465, 636, 853, 990, 993, 995, 6443, 8443];
 
 impl Question {
-    /// For a port of which nothing is known.
-    pub fn usual(port: u16) -> Question {
-        match TLS_PORTS.contains(&port) {
+    /// For a port of which nothing is known; `None`: a UNIX socket.
+    pub fn usual(port: Option<u16>) -> Question {
+        match port.is_some_and(|port| TLS_PORTS.contains(&port)) {
             true => Question::Tls,
             false => Question::Http { path: "/".to_owned(), host: None },
         }
     }
 
     /// Its bytes.
-    pub fn bytes(&self, to: SocketAddr) -> Vec<u8> {
+    pub fn bytes(&self, to: &Address) -> Vec<u8> {
         match self {
             Question::Http { path, host } => {
-                let host = host.clone().unwrap_or_else(|| to.to_string());
+                let host = host.clone().unwrap_or_else(|| match to {
+                    Address::Ip(to) => to.to_string(),
+                    Address::Unix(_) => "localhost".to_owned(),
+                });
                 format!(
                     "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: preface-doctor\r\nConnection: close\r\n\r\n"
                 )
@@ -220,7 +224,7 @@ mod tests {
         for (local, peer) in [("192.0.2.1:40000", "192.0.2.2:80"), ("[2001:db8::1]:40000", "[2001:db8::2]:80")] {
             let (local, peer) = (local.parse().unwrap(), peer.parse().unwrap());
             for attempt in Try::ALL {
-                let bytes = attempt.header(&usual_tlvs(), local, peer).unwrap();
+                let bytes = attempt.header(&usual_tlvs(), (local, peer)).unwrap();
                 assert!(bytes.len() <= HEADER_BYTES_SAFE, "{attempt:?}: {} bytes", bytes.len());
                 if attempt == Try::Bare {
                     assert!(bytes.is_empty());

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::group::{Piece, run};
+use crate::address::Address;
 use crate::config::{HeaderFormat, LogConnections, UdpHeader};
 use crate::connection::Shared;
 use crate::connection::measured::{ROUND_TRIP, SESSION};
@@ -119,9 +120,10 @@ impl Link {
 
     /// What may be a segment: what fits into one packet, and was not refused before.
     fn segment_max(&mut self) -> usize {
-        let (socket, address) = (&self.socket, self.lease.life().address);
-        let packet_max =
-            *self.packet_max.get_or_insert_with(|| datagram::packet_payload_max(socket, address).unwrap_or(0));
+        let (socket, address) = (&self.socket, self.lease.life().address.ip());
+        let packet_max = *self.packet_max.get_or_insert_with(|| {
+            address.and_then(|address| datagram::packet_payload_max(socket, address).ok()).unwrap_or(0)
+        });
         packet_max.min(self.lease.life().segment_max.load(Relaxed) as usize)
     }
 }
@@ -273,7 +275,7 @@ impl Session {
     /// Shows others what it has carried until now.
     pub fn publish(&self) {
         let carried = Carried { datagrams: self.datagrams, bytes: self.bytes, first_reply: self.first_reply };
-        self.entry.publish(Arc::clone(&self.link.pool), self.link.life().address, carried);
+        self.entry.publish(Arc::clone(&self.link.pool), self.link.life().address.clone(), carried);
     }
 
     /// The cause of its end if it ends because nothing more is heard.
@@ -347,10 +349,10 @@ impl Session {
             time: SystemTime::now(),
             id: &entry.id.to_string(),
             listener: &entry.listener.name,
-            client: entry.client,
-            local: Some(entry.local),
+            client: entry.client.into(),
+            local: Some(&Address::Ip(entry.local)),
             pool: Some(&self.link.pool),
-            upstream: Some(self.link.life().address),
+            upstream: Some(&self.link.life().address),
             header: Some(self.link.format.map_or("off", HeaderFormat::as_str)),
             bytes_in: self.bytes[IN],
             bytes_out: self.bytes[OUT],
