@@ -2,6 +2,7 @@
 
 pub mod measured;
 mod record;
+pub mod session;
 mod tap;
 
 use std::cell::{Cell, RefCell};
@@ -33,7 +34,8 @@ use crate::termination::Termination;
 
 use measured::Measured;
 use record::Registry;
-use tap::Tap;
+use session::SessionEntry;
+use tap::{Tap, Whose};
 
 pub use record::{Record, new_id};
 
@@ -146,12 +148,34 @@ impl Shared {
         self.measured.borrow_mut().absorb(measured);
     }
 
+    /// A duration of UDP, of one kind of `measured`; `place` as there.
+    pub fn measure(
+        &self,
+        place: &mut usize,
+        pool: &Arc<str>,
+        life: &Arc<UpstreamLife>,
+        kind: usize,
+        duration: Duration,
+    ) {
+        self.measured.borrow_mut().record_one(place, pool, life, kind, duration);
+    }
+
+    /// An upstream was sent this header and the first datagram of a session.
+    pub fn tap_session(&self, entry: &Rc<SessionEntry>, header: &[u8]) {
+        self.tap.borrow_mut().push(Whose::Session(Rc::clone(entry)), header);
+    }
+
+    /// Does somebody follow new connections? Then they should be published before they are tapped.
+    pub fn is_followed(&self) -> bool {
+        self.tap.borrow().is_followed()
+    }
+
     /// Open connections, and how many there are.
     pub fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
         self.registry.borrow().view(filter)
     }
 
-    /// The last connections with their headers, the newest first.
+    /// The last connections and sessions with their headers, the newest first of each.
     pub fn last_tapped(&self, filter: &Filter) -> Vec<Tapped> {
         self.tap.borrow().last(filter)
     }
@@ -466,7 +490,7 @@ impl Attempt<'_> {
                 early.pending = bytes[written..].to_vec();
             }
             if outcome.is_ok() {
-                shared.tap.borrow_mut().push(&record.entry, &bytes[..header]);
+                shared.tap.borrow_mut().push(Whose::Connection(Rc::clone(&record.entry)), &bytes[..header]);
             }
             if bytes.capacity() > relay::SCRATCH_BYTES * 2 {
                 *bytes = Vec::new();

@@ -14,6 +14,10 @@ pub const GIVES_WAY_AFTER_MIN: Duration = Duration::from_millis(20);
 /// places has one for everybody who comes if N is more than R times this age.
 const GIVES_WAY_AFTER_TIMES: u32 = 4;
 
+/// A session whose client has shown that it is there gives way after so long without a datagram, where all others stay:
+/// gateways on the way forget a client no later, so who wants to be heard sends more often.
+pub const GIVES_WAY_QUIET: Duration = Duration::from_secs(30);
+
 /// Sessions that are spared in a row because their client still sends: it bounds the search.
 const SPARED_MAX: usize = 16;
 
@@ -48,8 +52,8 @@ pub struct Sessions {
     free: Vec<u32>,
     /// When to look at a slot again. At most one entry of each slot is believed: the one of `Slot::look_at`.
     looks: BinaryHeap<Reverse<(Instant, u32)>>,
-    /// Sessions whose client has shown in no way that it is there, oldest first: without a reply, and with one.
-    unproven: [Queue; 2],
+    /// Each session is in one of them, by its `Standing`, oldest first.
+    queues: [Queue; 3],
     /// From begin to first reply: rises at once, falls slowly; `None`: there was no reply yet.
     reply_time: Option<Duration>,
 }
@@ -66,17 +70,26 @@ struct Entry {
     ends: Ends,
     last: Instant,
     timeout: Duration,
-    /// `None`: the client has sent something since it had a reply, so its address is not forged.
-    unproven: Option<Unproven>,
+    place: Place,
+}
+
+/// What speaks for a session's client being where it says that it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Nothing: no reply yet.
+    Unanswered,
+    /// Nothing, but the upstream has taken it for a client.
+    Answered,
+    /// It has sent something since it had a reply. Who forges addresses can do that, too, but not at no cost.
+    Proven,
 }
 
 /// A place in one of the queues.
 #[derive(Debug)]
-struct Unproven {
+struct Place {
+    standing: Standing,
     since: Instant,
-    /// Was there a reply? It chooses the queue.
-    answered: bool,
-    /// Did the client send again since then?
+    /// Did the client send again since then? Of one without a reply only.
     sent_again: bool,
     before: Option<u32>,
     after: Option<u32>,
@@ -105,10 +118,10 @@ impl Sessions {
         if let Some(slot) = self.index.get(ends).copied() {
             let entry = self.entry(slot);
             entry.last = now;
-            match &mut entry.unproven {
-                Some(unproven) if unproven.answered => self.dequeue(slot),
-                Some(unproven) => unproven.sent_again = true,
-                None => {}
+            match entry.place.standing {
+                Standing::Unanswered => entry.place.sent_again = true,
+                Standing::Answered => self.requeue(slot, now, Standing::Proven),
+                Standing::Proven => {}
             }
             return Admission::Known(slot as usize);
         }
@@ -116,6 +129,7 @@ impl Sessions {
             true => Admission::New,
             false => {
                 let slot = self.oldest_unanswered(now).or_else(|| self.oldest_answered(now));
+                let slot = slot.or_else(|| self.oldest_quiet(now));
                 slot.map_or(Admission::Full, |slot| Admission::Displace(slot as usize))
             }
         }
@@ -127,23 +141,30 @@ impl Sessions {
             self.slots.push(Slot { session: None, look_at: None });
             (self.slots.len() - 1) as u32
         });
-        self.slots[slot as usize].session = Some(Entry { ends, last: now, timeout, unproven: None });
+        let place = Place { standing: Standing::Unanswered, since: now, sent_again: false, before: None, after: None };
+        self.slots[slot as usize].session = Some(Entry { ends, last: now, timeout, place });
         let known = self.index.insert(ends, slot);
         assert!(known.is_none(), "admit has said that it is new");
-        self.enqueue(slot, now, false);
+        self.enqueue(slot, now, Standing::Unanswered);
         self.look(slot, now + timeout);
         slot as usize
     }
 
-    /// Takes note of replies. After the first one a session gives way later, and not at all once its client sends again.
+    /// When a session had its last datagram, from either side.
+    pub fn last(&self, slot: usize) -> Instant {
+        self.slots[slot].session.as_ref().expect("the slot is of an open session").last
+    }
+
+    /// Takes note of replies. After the first one a session gives way later, and hardly once its client sends again.
     pub fn answered(&mut self, slot: usize, now: Instant) {
         let entry = self.entry(slot as u32);
         entry.last = now;
-        let Some(unproven) = entry.unproven.as_ref().filter(|unproven| !unproven.answered) else { return };
-        let time = now.duration_since(unproven.since);
+        if entry.place.standing != Standing::Unanswered {
+            return;
+        }
+        let time = now.duration_since(entry.place.since);
         self.reply_time = Some(self.reply_time.map_or(time, |usual| time.max((usual * 7 + time) / 8)));
-        self.dequeue(slot as u32);
-        self.enqueue(slot as u32, now, true);
+        self.requeue(slot as u32, now, Standing::Answered);
     }
 
     /// The age at which a session without a reply gives way.
@@ -205,16 +226,15 @@ impl Sessions {
     fn oldest_unanswered(&mut self, now: Instant) -> Option<u32> {
         let old = self.gives_way_after();
         for _ in 0..SPARED_MAX {
-            let slot = self.unproven[0].first?;
-            let unproven = self.neighbour(slot);
-            if now.duration_since(unproven.since) < old {
+            let slot = self.first(Standing::Unanswered)?;
+            let place = self.place(slot);
+            if now.duration_since(place.since) < old {
                 return None;
             }
-            if !unproven.sent_again {
+            if !place.sent_again {
                 return Some(slot);
             }
-            self.dequeue(slot);
-            self.enqueue(slot, now, false);
+            self.requeue(slot, now, Standing::Unanswered);
         }
         None
     }
@@ -223,40 +243,68 @@ impl Sessions {
     /// had none, the place is theirs to give. A client that is there may be far away, so it has the longest time to send
     /// again.
     fn oldest_answered(&mut self, now: Instant) -> Option<u32> {
-        if self.unproven[1].len <= self.unproven[0].len {
+        let len = |standing: Standing| self.queues[standing as usize].len;
+        if len(Standing::Answered) <= len(Standing::Unanswered) {
             return None;
         }
-        let slot = self.unproven[1].first?;
-        (now.duration_since(self.neighbour(slot).since) >= GIVES_WAY_AFTER_MAX).then_some(slot)
+        let slot = self.first(Standing::Answered)?;
+        (now.duration_since(self.place(slot).since) >= GIVES_WAY_AFTER_MAX).then_some(slot)
     }
 
-    fn enqueue(&mut self, slot: u32, now: Instant, answered: bool) {
-        let queue = &mut self.unproven[usize::from(answered)];
+    /// The session that gives way where no other does: a flood that sends twice for each forged address must not lock
+    /// everybody out for as long as a timeout.
+    fn oldest_quiet(&mut self, now: Instant) -> Option<u32> {
+        for _ in 0..SPARED_MAX {
+            let slot = self.first(Standing::Proven)?;
+            let Entry { last, place, .. } = self.entry(slot);
+            if now.duration_since(*last) >= GIVES_WAY_QUIET {
+                return Some(slot);
+            }
+            // Those behind it stand there since later, and have sent since then.
+            if now.duration_since(place.since) < GIVES_WAY_QUIET {
+                return None;
+            }
+            self.requeue(slot, now, Standing::Proven);
+        }
+        None
+    }
+
+    fn first(&self, standing: Standing) -> Option<u32> {
+        self.queues[standing as usize].first
+    }
+
+    fn requeue(&mut self, slot: u32, now: Instant, standing: Standing) {
+        self.dequeue(slot);
+        self.enqueue(slot, now, standing);
+    }
+
+    fn enqueue(&mut self, slot: u32, now: Instant, standing: Standing) {
+        let queue = &mut self.queues[standing as usize];
         queue.len += 1;
         let before = queue.last.replace(slot);
         match before {
-            Some(before) => self.neighbour(before).after = Some(slot),
+            Some(before) => self.place(before).after = Some(slot),
             None => queue.first = Some(slot),
         }
-        let unproven = Unproven { since: now, answered, sent_again: false, before, after: None };
-        self.entry(slot).unproven = Some(unproven);
+        *self.place(slot) = Place { standing, since: now, sent_again: false, before, after: None };
     }
 
     fn dequeue(&mut self, slot: u32) {
-        let Some(Unproven { before, after, answered, .. }) = self.entry(slot).unproven.take() else { return };
-        self.unproven[usize::from(answered)].len -= 1;
+        let Place { standing, before, after, .. } = *self.place(slot);
+        let queue = standing as usize;
+        self.queues[queue].len -= 1;
         match before {
-            Some(before) => self.neighbour(before).after = after,
-            None => self.unproven[usize::from(answered)].first = after,
+            Some(before) => self.place(before).after = after,
+            None => self.queues[queue].first = after,
         }
         match after {
-            Some(after) => self.neighbour(after).before = before,
-            None => self.unproven[usize::from(answered)].last = before,
+            Some(after) => self.place(after).before = before,
+            None => self.queues[queue].last = before,
         }
     }
 
-    fn neighbour(&mut self, slot: u32) -> &mut Unproven {
-        self.entry(slot).unproven.as_mut().expect("it stands in a queue")
+    fn place(&mut self, slot: u32) -> &mut Place {
+        &mut self.entry(slot).place
     }
 }
 
@@ -395,7 +443,11 @@ mod tests {
             assert_eq!(sessions.admit(&ends(9), old, false), Admission::Displace(*slot));
             sessions.close(*slot);
         }
-        assert_eq!(sessions.admit(&ends(9), old + SECOND * 5, false), Admission::Full, "whose client is there stays");
+        assert_eq!(
+            sessions.admit(&ends(9), old + SECOND * 5, false),
+            Admission::Full,
+            "whose client was there a moment ago stays"
+        );
     }
 
     #[test]
@@ -423,6 +475,39 @@ mod tests {
         assert_eq!(sessions.admit(&ends(3), start + SECOND * 2, false), Admission::Full);
         // It has not sent since it was spared.
         assert_eq!(sessions.admit(&ends(3), start + SECOND * 3, false), Admission::Displace(syslog));
+    }
+
+    /// Forged addresses that send once more after the reply look like clients that are there.
+    #[test]
+    fn who_was_there_gives_way_when_it_is_quiet_and_nobody_else_does() {
+        let (mut sessions, start) = (Sessions::default(), Instant::now());
+        // As many as are spared in a row, and more: none of them may be lost on the way.
+        let slots: Vec<usize> = (0..40).map(|port| open(&mut sessions, port, start)).collect();
+        for (port, slot) in slots.iter().enumerate() {
+            sessions.answered(*slot, start);
+            sessions.admit(&ends(port as u16), start + SECOND, true);
+        }
+        let young = start + SECOND + GIVES_WAY_QUIET - Duration::from_millis(1);
+        assert_eq!(sessions.admit(&ends(99), young, false), Admission::Full);
+        // All but the last two go on talking, one of them by replies alone.
+        sessions.answered(slots[0], young);
+        for port in 1..38 {
+            assert_eq!(sessions.admit(&ends(port), young, true), Admission::Known(slots[usize::from(port)]));
+        }
+        let old = young + SECOND;
+        let displaced: Vec<usize> = (0..8)
+            .filter_map(|_| match sessions.admit(&ends(99), old, false) {
+                Admission::Displace(slot) => {
+                    sessions.close(slot);
+                    Some(slot)
+                }
+                other => (other != Admission::Full).then(|| panic!("{other:?}")),
+            })
+            .collect();
+        assert_eq!(displaced, slots[38..], "those who talk stay");
+        let unanswered = open(&mut sessions, 50, old);
+        let all_quiet = old + GIVES_WAY_QUIET * 2;
+        assert_eq!(sessions.admit(&ends(99), all_quiet, false), Admission::Displace(unanswered), "the others go first");
     }
 
     proptest! {
@@ -462,6 +547,7 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(sessions.len(), model.len());
+                prop_assert_eq!(sessions.queues.iter().map(|queue| queue.len).sum::<usize>(), model.len());
                 prop_assert!(sessions.looks.len() <= 2 * sessions.slots.len());
             }
         }

@@ -85,6 +85,8 @@ pub struct SessionCounters {
     pub datagrams: [AtomicU64; 2],
     /// Their payload.
     pub bytes: [AtomicU64; 2],
+    /// Those of the datagrams that left as segments of a larger send.
+    pub segmented: [AtomicU64; 2],
     /// Datagrams not passed on, by `DropReason`.
     pub dropped: [AtomicU64; DropReason::ALL.len()],
     /// Sessions that went on with another upstream, by `Moved`.
@@ -99,6 +101,7 @@ impl Default for SessionCounters {
             ends: [const { AtomicU64::new(0) }; Termination::ALL.len()],
             datagrams: Default::default(),
             bytes: Default::default(),
+            segmented: Default::default(),
             dropped: Default::default(),
             moved: Default::default(),
         }

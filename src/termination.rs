@@ -81,7 +81,7 @@ causes! {
     NoUpstream = Preface.Connect."no_upstream",
     /// Every upstream that could be picked is at its `max_connections`.
     UpstreamsFull = Preface.Connect."upstreams_full",
-    /// No local port, descriptor or buffer was left: nobody's fault but ours.
+    /// No local port, descriptor or buffer was left, or this machine forbids the connect: nobody's fault but ours.
     LocalResources = Preface.Connect."local_resources",
     /// Nothing was heard from either side for `idle_timeout`.
     IdleTimeout = Preface.Relay."idle_timeout",
@@ -152,6 +152,8 @@ reasons! {
     UpstreamsFull = "upstreams_full",
     /// No local port, descriptor or buffer was left.
     LocalResources = "local_resources",
+    /// This machine's firewall, a policy or a prohibiting route did not let it out (EPERM, EACCES).
+    Forbidden = "forbidden",
     /// Header and payload are longer than the path, or any datagram, can carry.
     TooBig = "too_big",
     /// Longer than what is received at once.

@@ -80,17 +80,17 @@ pub enum Message {
         /// Why.
         termination: Termination,
     },
-    /// About single connections.
+    /// About single connections and sessions.
     Look(Look),
     /// Close every listener; answers when the last queue is empty. Connections stay.
     Stop(oneshot::Sender<()>),
 }
 
-/// What the control thread asks about single connections.
+/// What the control thread asks about single connections and sessions.
 pub enum Look {
     /// Show open ones, and how many there are.
     View(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
-    /// Show the last ones with the headers that their upstreams got.
+    /// Show the last ones with the headers that their upstreams got first.
     Tap(Filter, oneshot::Sender<Vec<Tapped>>),
     /// Send each one that reaches an upstream from now on.
     Follow(Filter, mpsc::Sender<Tapped>),
@@ -174,13 +174,28 @@ fn hand_over(shared: &Shared, emptied: Measured, reply: oneshot::Sender<Measured
     }
 }
 
-fn carry_out(shared: &Shared, look: Look) {
+fn carry_out(shared: &Shared, udp: &UdpSockets, look: Look) {
     // A reply that nobody waits for any more is no error.
     match look {
-        Look::View(filter, reply) => drop(reply.send(shared.view(&filter))),
-        Look::Tap(filter, reply) => drop(reply.send(shared.last_tapped(&filter))),
+        Look::View(filter, reply) => {
+            let (mut all, mut open) = shared.view(&filter);
+            udp.each(|socket| {
+                let (sessions, count) = socket.view(&filter);
+                all.extend(sessions);
+                open += count;
+            });
+            drop(reply.send((all, open)));
+        }
+        Look::Tap(filter, reply) => {
+            udp.each(Udp::publish);
+            drop(reply.send(shared.last_tapped(&filter)));
+        }
         Look::Follow(filter, sender) => shared.follow(filter, sender),
-        Look::EndOne(id, reply) => drop(reply.send(shared.end_one(&id))),
+        Look::EndOne(id, reply) => {
+            let mut found = shared.end_one(&id);
+            udp.each(|socket| found |= socket.end_one(&id));
+            let _ = reply.send(found);
+        }
     }
 }
 
@@ -221,7 +236,7 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 shared.end(upstream.as_ref(), termination);
                 udp.each(|socket| socket.end(upstream.as_ref(), termination));
             }
-            Message::Look(look) => carry_out(&shared, look),
+            Message::Look(look) => carry_out(&shared, &udp, look),
             Message::Stop(reply) => {
                 udp.each(Udp::drain);
                 tell_when_ended(acceptors.retire_all(), reply);
@@ -339,7 +354,7 @@ impl UdpSockets {
         self.served.values().flatten().filter_map(|(udp, _)| udp.upgrade()?.lend())
     }
 
-    fn each(&self, act: impl Fn(&Udp)) {
+    fn each(&self, mut act: impl FnMut(&Udp)) {
         self.served.values().flatten().filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| act(&udp));
     }
 }

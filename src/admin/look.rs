@@ -1,4 +1,4 @@
-//! Single connections: those that are open, the last ones with the header that was sent, the end of one; and the level
+//! Single connections and UDP sessions: those that are open, the last ones with the header that was sent, the end of one; and the level
 //! of the log, for the next look.
 
 use std::convert::Infallible;
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use super::guard::Refusal;
 use super::{Server, answer, by, pretty};
 use crate::control::view::{Filter, Tapped};
-use crate::proxy_protocol::{self, Decoded, explain};
+use crate::proxy_protocol::{self, Decoded, explain, spp};
 
 /// Connections shown where no limit is given.
 const LIMIT: usize = 100;
@@ -110,21 +110,24 @@ fn value(tapped: &Tapped) -> Value {
 }
 
 fn header_value(bytes: &[u8]) -> Value {
-    let Ok(Decoded::Complete { header, len }) = proxy_protocol::decode(bytes) else { return Value::Null };
-    let fields: Vec<Value> = explain::fields(&header, &bytes[..len])
-        .into_iter()
-        .map(|field| {
-            let hex = explain::hex(&bytes[field.at..field.at + field.len], " ");
-            json!({ "at": field.at, "hex": hex, "meaning": field.meaning })
-        })
-        .collect();
-    let facts = explain::facts(&header).into_iter().map(|(name, value)| json!({ "name": name, "value": value }));
+    let (version, len, facts, fields) = match (spp::decode(bytes), proxy_protocol::decode(bytes)) {
+        (Ok(spp), _) => ("spp", spp::HEADER_BYTES, explain::spp_facts(&spp), explain::spp_fields(&spp)),
+        (_, Ok(Decoded::Complete { header, len })) => {
+            (header.version.as_str(), len, explain::facts(&header), explain::fields(&header, &bytes[..len]))
+        }
+        _ => return Value::Null,
+    };
+    let facts = facts.into_iter().map(|(name, value)| json!({ "name": name, "value": value }));
+    let fields = fields.into_iter().map(|field| {
+        let hex = explain::hex(&bytes[field.at..field.at + field.len], " ");
+        json!({ "at": field.at, "hex": hex, "meaning": field.meaning })
+    });
     json!({
-        "version": header.version.as_str(),
+        "version": version,
         "bytes": len,
         "hex": explain::hex(bytes, ""),
         "facts": facts.collect::<Vec<_>>(),
-        "fields": fields,
+        "fields": fields.collect::<Vec<_>>(),
     })
 }
 

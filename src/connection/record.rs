@@ -15,7 +15,7 @@ use ulid::Ulid;
 use super::Shared;
 use super::measured::{Measured, Times};
 use crate::address::{Address, Client};
-use crate::config::{HeaderFormat, LogConnections};
+use crate::config::{HeaderFormat, LogConnections, Protocol};
 use crate::control::view::{self, Filter};
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
@@ -54,8 +54,8 @@ impl Registry {
     /// Open ones, and how many there are.
     pub(super) fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
         let entries = self.entries.iter().flatten();
-        let wanted = entries.filter(|entry| entry.fits(filter)).take(filter.limit);
-        (wanted.map(|entry| entry.view()).collect(), self.entries.len() - self.free.len())
+        let wanted = filter.oldest(entries.filter(|entry| entry.fits(filter)), |entry| entry.id);
+        (wanted.into_iter().map(|entry| entry.view()).collect(), self.entries.len() - self.free.len())
     }
 
     /// Orders the connection of this id to end; is it there?
@@ -116,22 +116,24 @@ impl Entry {
 
     /// As others see it now.
     pub(super) fn view(&self) -> view::Connection {
-        let milliseconds = |duration: Duration| duration.as_micros() as f64 / 1000.0;
         let id = Ulid::from_bytes(self.id);
         let accepted = SystemTime::UNIX_EPOCH + Duration::from_millis(id.timestamp_ms());
         let ended = self.ended.get();
         view::Connection {
             id: id.to_string(),
+            protocol: Protocol::Tcp.as_str(),
             accepted: humantime::format_rfc3339_millis(accepted).to_string(),
             listener: self.listener.name.to_string(),
             client: self.client,
             local: self.local.borrow().clone(),
             pool: self.pool.borrow().as_deref().map(str::to_owned),
             upstream: self.upstream.borrow().as_ref().map(|life| life.address.clone()),
-            age_ms: milliseconds(ended.map_or_else(|| self.started.elapsed(), |(_, duration)| duration)),
+            age_ms: view::milliseconds(ended.map_or_else(|| self.started.elapsed(), |(_, duration)| duration)),
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
-            first_byte_ms: self.first_byte.get().map(milliseconds),
+            datagrams_in: None,
+            datagrams_out: None,
+            first_byte_ms: self.first_byte.get().map(view::milliseconds),
             end: ended.map(|(termination, _)| termination.to_string()),
         }
     }

@@ -1,6 +1,7 @@
-//! Connections as the admin API shows them, and which of them are asked for.
+//! Connections and UDP sessions as the admin API shows them, and which of them are asked for.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -30,12 +31,31 @@ impl Filter {
     }
 }
 
-/// One connection.
+impl Filter {
+    /// The oldest of these, as many as are wanted: those of the lowest ids.
+    pub fn oldest<T, K: Ord>(&self, all: impl Iterator<Item = T>, id: impl Fn(&T) -> K) -> Vec<T> {
+        let mut all: Vec<T> = all.collect();
+        if all.len() > self.limit {
+            all.select_nth_unstable_by_key(self.limit, id);
+            all.truncate(self.limit);
+        }
+        all
+    }
+}
+
+/// With microseconds as the fraction.
+pub fn milliseconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
+
+/// One connection, or one UDP session.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Connection {
     /// Its ULID, which sorts by the time of the accept.
     pub id: String,
-    /// When it was accepted: RFC 3339, UTC.
+    /// tcp or udp.
+    pub protocol: &'static str,
+    /// When it was accepted, or its first datagram came: RFC 3339, UTC.
     pub accepted: String,
     /// Name of the listener.
     pub listener: String,
@@ -53,13 +73,17 @@ pub struct Connection {
     pub bytes_in: u64,
     /// To the client.
     pub bytes_out: u64,
+    /// From the client; of a session only.
+    pub datagrams_in: Option<u64>,
+    /// To the client; of a session only.
+    pub datagrams_out: Option<u64>,
     /// From accept to the upstream's first byte.
     pub first_byte_ms: Option<f64>,
     /// `None`: it is open.
     pub end: Option<String>,
 }
 
-/// One connection, and the header that its upstream got.
+/// One connection or session, and the header that its upstream got first.
 #[derive(Clone, Debug)]
 pub struct Tapped {
     /// Whose.

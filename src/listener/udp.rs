@@ -19,13 +19,16 @@ use std::time::{Duration, Instant, SystemTime};
 use socket2::Socket;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep_until};
+use ulid::Ulid;
 
 use self::group::{Groups, Piece, pieces};
 use self::replies::Replies;
-use self::session::{Retained, Session};
+use self::session::{IN, Retained, Session};
 use super::Lent;
 use crate::config::{Bind, IpBind, LogConnections, Protocol};
+use crate::connection::session::SessionEntry;
 use crate::connection::{Shared, new_id};
+use crate::control::view::{self, Filter};
 use crate::log;
 use crate::net::canonical;
 use crate::net::datagram::outbox::Outbox;
@@ -44,6 +47,12 @@ const HANDED_OVER_GRACE: Duration = Duration::from_secs(10);
 const RETAINED_BYTES_MAX: usize = 2_048;
 /// All of them together, of one socket.
 const RETAINED_TOTAL_MAX: usize = 4 << 20;
+/// At a stop a session is over after so long without a datagram if its client has a reply to all that it asked ...
+const QUIET_ANSWERED: Duration = Duration::from_secs(1);
+/// ... and after so long if not: by then clients have asked again, or given up.
+const QUIET_UNANSWERED: Duration = Duration::from_secs(10);
+/// From look to look at which of them are.
+const QUIET_LOOK: Duration = Duration::from_millis(250);
 /// Turns in a row before the worker's other tasks have one.
 const TURNS_MAX: usize = 8;
 /// Drops of one reason that are this far apart are told one by one.
@@ -86,6 +95,8 @@ struct Core {
     /// Counts batches.
     batch: u64,
     retained_bytes: usize,
+    /// Datagrams that left as segments, in and out, since they were counted last.
+    segmented: [u64; 2],
     closing: Closing,
     last_drops: [Option<Instant>; DropReason::ALL.len()],
 }
@@ -95,8 +106,9 @@ struct Core {
 enum Closing {
     /// It serves.
     No,
-    /// No new sessions; those that are open end by themselves.
-    Draining,
+    /// No new sessions; those that are open end by themselves, or when nothing more is to be expected: it is looked at
+    /// then.
+    Draining(Instant),
     /// No new sessions, and those still open end then.
     Until(Instant),
     /// Another process reads the socket. Replies still leave through it, until then.
@@ -121,6 +133,7 @@ impl Udp {
             pool_seen: 0,
             batch: 0,
             retained_bytes: 0,
+            segmented: [0; 2],
             closing: Closing::No,
             last_drops: [None; DropReason::ALL.len()],
         };
@@ -140,8 +153,8 @@ impl Udp {
     pub async fn run(self: Rc<Self>) {
         loop {
             match tokio::task::spawn_local(Rc::clone(&self).serve()).await {
-                Err(error) if error.is_panic() => self.end(None, Termination::Panic),
-                _ => return,
+                Err(error) if error.is_panic() => self.core.borrow_mut().begin_anew(&self.shared),
+                _ => return self.fold(),
             }
         }
     }
@@ -153,7 +166,7 @@ impl Udp {
 
     /// Opens no session any more, and ends with the last one.
     pub fn drain(&self) {
-        self.close(Closing::Draining);
+        self.close(Closing::Draining(Instant::now()));
     }
 
     /// Reads nothing any more, from now on: another process does. Replies are passed on for a while.
@@ -187,9 +200,37 @@ impl Udp {
         self.changed.notify_one();
     }
 
+    /// Ends the session of this id; is it here?
+    pub fn end_one(&self, id: &str) -> bool {
+        let Ok(id) = Ulid::from_string(id) else { return false };
+        let core = &mut *self.core.borrow_mut();
+        let is_meant = |session: &Option<Session>| session.as_ref().is_some_and(|session| session.entry.id == id);
+        let Some(slot) = core.sessions.iter().position(is_meant) else { return false };
+        core.close(&self.shared, slot, Termination::Ended);
+        self.changed.notify_one();
+        true
+    }
+
+    /// Open sessions, the oldest ones if there are more than wanted, and how many there are.
+    pub fn view(&self, filter: &Filter) -> (Vec<view::Connection>, usize) {
+        let core = self.core.borrow();
+        let sessions = core.sessions.iter().flatten().inspect(|session| session.publish());
+        let wanted = filter.oldest(sessions.filter(|session| session.entry.fits(filter)), |session| session.entry.id);
+        (wanted.into_iter().map(|session| session.entry.view()).collect(), core.table.len())
+    }
+
+    /// Has open sessions show what they have carried until now.
+    pub fn publish(&self) {
+        self.core.borrow().sessions.iter().flatten().for_each(Session::publish);
+    }
+
     /// Adds what was carried since the last call to the shared counters.
     pub fn fold(&self) {
-        self.core.borrow_mut().sessions.iter_mut().flatten().for_each(Session::fold);
+        let core = &mut *self.core.borrow_mut();
+        core.sessions.iter_mut().flatten().for_each(Session::fold);
+        for (sum, more) in core.listener.life.sessions.segmented.iter().zip(&mut core.segmented) {
+            sum.fetch_add(std::mem::take(more), Relaxed);
+        }
     }
 
     async fn serve(self: Rc<Self>) {
@@ -226,7 +267,9 @@ impl Udp {
             let closes = match core.closing {
                 Closing::Until(at) | Closing::HandedOver(at) if at <= Instant::now() => return true,
                 Closing::Until(at) | Closing::HandedOver(at) => Some(at),
-                _ => None,
+                Closing::Draining(at) if at <= Instant::now() => Some(core.end_quiet(&self.shared, Instant::now())),
+                Closing::Draining(at) => Some(at),
+                Closing::No => None,
             };
             if core.closing != Closing::No && core.table.is_empty() {
                 return true;
@@ -242,16 +285,7 @@ impl Udp {
             }
             let now = Instant::now();
             while let Some(slot) = core.table.expired(now) {
-                let failed = core.sessions[slot].as_ref().and_then(|session| session.failed);
-                core.close(
-                    &self.shared,
-                    slot,
-                    match failed {
-                        Some(DropReason::Refused) => Termination::UpstreamRefused,
-                        Some(_) => Termination::UpstreamUnreachable,
-                        None => Termination::IdleTimeout,
-                    },
-                );
+                core.close_silent(&self.shared, slot);
             }
             let next = core.table.next_look().unwrap_or(now + FAR);
             expiry.as_mut().reset(next.max(now + Duration::from_millis(1)).into());
@@ -387,11 +421,12 @@ impl Udp {
         core.generation = core.generation.wrapping_add(1);
         let (batch, piece) = first;
         let retained = core.retain(&batch.bytes(piece.place)[piece.start..piece.start + piece.length]);
+        self.log_start(&id, &life.name, client);
         let session = Session {
+            entry: Rc::new(SessionEntry::new(id, Arc::clone(life), (client, local), now)),
             generation: core.generation,
             ends,
             answer_from,
-            life: Arc::clone(life),
             link,
             retained,
             failed: None,
@@ -403,11 +438,9 @@ impl Udp {
             datagrams: [0; 2],
             bytes: [0; 2],
             attempts,
-            started: now,
             first_reply: None,
+            asked: None,
             in_source,
-            id,
-            local,
             folded: ([0; 2], [0; 2], 0),
             open,
         };
@@ -421,11 +454,10 @@ impl Udp {
             core.close(shared, slot, Termination::LocalResources);
             return Err(DropReason::LocalResources);
         }
-        self.log_start(&id, &life.name, client);
         Ok(slot)
     }
 
-    fn log_start(&self, id: &ulid::Ulid, listener: &str, client: SocketAddr) {
+    fn log_start(&self, id: &Ulid, listener: &str, client: SocketAddr) {
         if self.shared.with_snapshot(|snapshot| snapshot.log_connections == Some(LogConnections::StartAndEnd)) {
             let (format, now) = (self.shared.log.format(), SystemTime::now());
             let line = log::session_start_line(format, now, &id.to_string(), listener, client);
@@ -450,7 +482,12 @@ impl Udp {
                     break;
                 }
                 let mut drops = [0; DropReason::ALL.len()];
+                let before = session.datagrams[IN];
                 let sent = session.send(rest, batch, outbox, |reason, count| drops[reason as usize] += count);
+                if session.datagrams[IN] > before {
+                    session.passed_on(&self.shared, now);
+                }
+                core.segmented[IN] += outbox.take_segmented();
                 for reason in DropReason::ALL {
                     core.dropped(*reason, drops[*reason as usize], now);
                 }
@@ -483,6 +520,34 @@ impl Core {
         session.end(shared, termination);
     }
 
+    /// Ends a session because nothing more is heard.
+    fn close_silent(&mut self, shared: &Shared, slot: usize) {
+        let silence = self.sessions[slot].as_ref().map(Session::silence);
+        self.close(shared, slot, silence.unwrap_or(Termination::IdleTimeout));
+    }
+
+    /// At a stop: ends sessions that need not be waited for. When to look again.
+    fn end_quiet(&mut self, shared: &Shared, now: Instant) -> Instant {
+        for slot in 0..self.sessions.len() {
+            let Some(session) = &self.sessions[slot] else { continue };
+            let quiet = if session.asked.is_none() { QUIET_ANSWERED } else { QUIET_UNANSWERED };
+            if now.duration_since(self.table.last(slot)) >= quiet {
+                self.close_silent(shared, slot);
+            }
+        }
+        self.closing = Closing::Draining(now + QUIET_LOOK);
+        now + QUIET_LOOK
+    }
+
+    /// After a panic: nothing that was known of sessions is believed any more, the table least of all.
+    fn begin_anew(&mut self, shared: &Shared) {
+        self.table = Sessions::default();
+        self.retained_bytes = 0;
+        for session in std::mem::take(&mut self.sessions).into_iter().flatten() {
+            session.end(shared, Termination::Panic);
+        }
+    }
+
     /// Counts datagrams that were not passed on; says so when it begins.
     fn dropped(&mut self, reason: DropReason, count: usize, now: Instant) {
         if count == 0 {
@@ -511,3 +576,6 @@ fn number(slot: usize, generation: u32) -> u64 {
 fn of_number(number: u64) -> (usize, u32) {
     ((number >> 32) as usize, number as u32)
 }
+
+#[cfg(test)]
+mod tests;

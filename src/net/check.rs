@@ -140,11 +140,20 @@ pub fn send_with_next(stream: &Connection, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Is it this machine that lacks something (a local port or address, a descriptor, a buffer, an epoll watch), so that
-/// the error says nothing about the upstream?
+/// Is it this machine that lacks something (a local port or address, a descriptor, a buffer, an epoll watch) or forbids it
+/// (its firewall, a policy of a cgroup, a route that prohibits), so that the error says nothing about the upstream?
 pub fn is_local(error: &io::Error) -> bool {
-    const OURS: [i32; 7] =
-        [libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EAGAIN, libc::ENOSPC];
+    const OURS: [i32; 9] = [
+        libc::EADDRNOTAVAIL,
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOBUFS,
+        libc::ENOMEM,
+        libc::EAGAIN,
+        libc::ENOSPC,
+        libc::EPERM,
+        libc::EACCES,
+    ];
     error.raw_os_error().is_some_and(|code| OURS.contains(&code))
 }
 
@@ -307,5 +316,8 @@ mod tests {
         let unknown = touch(&address, Some("198.51.100.1".parse().unwrap())).await.unwrap_err();
         assert!(is_local(&unknown), "{unknown}");
         assert!(!is_local(&io::ErrorKind::ConnectionRefused.into()));
+        for forbidden in [libc::EPERM, libc::EACCES] {
+            assert!(is_local(&io::Error::from_raw_os_error(forbidden)), "a firewall's, a policy's, a route's word");
+        }
     }
 }

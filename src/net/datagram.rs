@@ -363,12 +363,14 @@ mod tests {
                 [100, 100, 100, 60, 0, 0, 60_000].iter().map(|length| vec![*length as u8; *length]).collect();
             let expected: Vec<Vec<u8>> = payloads.iter().map(|payload| [b"head", &payload[..]].concat()).collect();
             let (mut outbox, mut batch) = (Outbox::default(), Batch::new());
-            for runs in [vec![0..4, 4..6, 6..7], (0..7).map(|at| at..at + 1).collect()] {
+            let plain = (0..7).map(|at| at..at + 1).collect();
+            for (runs, segmented) in [(vec![0..4, 4..6, 6..7], 6), (plain, 0)] {
                 let mut sending = outbox.begin();
                 for run in runs {
                     sending.push(Route::default(), b"head", payloads[run].iter().map(Vec::as_slice));
                 }
                 assert_eq!(sending.send(&sender, |failure| panic!("{failure:?}")), 7);
+                assert_eq!(outbox.take_segmented(), segmented);
                 assert_eq!(received(&receiver, &mut batch), expected, "{address}");
             }
         }

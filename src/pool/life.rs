@@ -37,6 +37,8 @@ pub struct UpstreamCounters {
     pub bytes_in: AtomicU64,
     /// Bytes to clients.
     pub bytes_out: AtomicU64,
+    /// Datagrams from clients, and to clients.
+    pub datagrams: [AtomicU64; 2],
     /// What looked like a rejected header, by `Rejection`.
     pub rejections: [AtomicU64; Rejection::ALL.len()],
 }

@@ -27,6 +27,16 @@ pub fn explain(header: &Header, raw: &[u8]) -> String {
 
 /// The same of Cloudflare's 38 bytes.
 pub fn explain_spp(spp: &Spp, raw: &[u8]) -> String {
+    let mut out = table(&spp_facts(spp));
+    out.push('\n');
+    for field in spp_fields(spp) {
+        field.line(&raw[field.at..field.at + field.len], &mut out);
+    }
+    out
+}
+
+/// The fields of Cloudflare's header, which is of one length.
+pub fn spp_fields(spp: &Spp) -> Vec<Field> {
     let mut fields = Fields { fields: Vec::new(), at: 0 };
     let mapped = |ip: IpAddr| if ip.is_ipv4() { format!("{ip}, as IPv6") } else { ip.to_string() };
     fields.push(2, "magic of the Simple Proxy Protocol");
@@ -34,12 +44,7 @@ pub fn explain_spp(spp: &Spp, raw: &[u8]) -> String {
     fields.push(16, format!("proxy address {}", mapped(spp.local.ip())));
     fields.push(2, format!("client port {}", spp.client.port()));
     fields.push(2, format!("proxy port {}", spp.local.port()));
-    let mut out = table(&spp_facts(spp));
-    out.push('\n');
-    for field in fields.fields {
-        field.line(&raw[field.at..field.at + field.len], &mut out);
-    }
-    out
+    fields.fields
 }
 
 /// Names and values of Cloudflare's header.

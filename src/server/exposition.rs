@@ -1,6 +1,6 @@
 //! The metrics: what the control thread and the lives know, as Prometheus families.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use crate::address::Address;
 use crate::config::{HeaderFormat, Protocol};
-use crate::connection::measured::KINDS;
+use crate::connection::measured::{KINDS, ROUND_TRIP, SESSION};
 use crate::metrics::Families;
 use crate::metrics::latency::{self, Buckets};
 use crate::net::limits;
@@ -120,9 +120,10 @@ impl State {
             usable.sample(&[("pool", name)], is_usable);
         }
         let nothing: [Buckets; KINDS] = Default::default();
+        let udp = self.udp_pools();
         let mut distribution = |name, help, kind: usize, shown: Range<usize>| {
             let mut family = families.histogram(name, help);
-            for pool in names() {
+            for pool in names().filter(|pool| kind < ROUND_TRIP || udp.contains(pool.as_str())) {
                 let buckets = self.history.pool_buckets(pool).unwrap_or(&nothing);
                 family.distribution(&[("pool", pool)], &buckets[kind], shown.clone());
             }
@@ -130,13 +131,34 @@ impl State {
         distribution("preface_pool_connect_seconds", "Connects that succeeded.", 0, latency::WAITS);
         distribution("preface_pool_first_byte_seconds", "From accept to the upstream's first byte.", 1, latency::WAITS);
         distribution("preface_pool_connection_seconds", "From accept to end.", 2, latency::LIFETIMES);
+        distribution(
+            "preface_pool_round_trip_seconds",
+            "UDP: from a client's first datagram without a reply to the next reply.",
+            ROUND_TRIP,
+            latency::WAITS,
+        );
+        distribution(
+            "preface_pool_session_seconds",
+            "UDP: from a session's first datagram to its end.",
+            SESSION,
+            latency::LIFETIMES,
+        );
+    }
+
+    /// Pools that a UDP listener sends to.
+    fn udp_pools(&self) -> BTreeSet<&str> {
+        let listeners = self.config.listeners.values().filter(|listener| listener.serves(Protocol::Udp));
+        listeners.map(|listener| listener.pool.as_str()).collect()
     }
 
     fn time_families(&self, families: &mut Families, upstreams: &[Labelled]) {
         let nothing = Buckets::default();
+        let udp = self.udp_pools();
+        let of_udp = [ROUND_TRIP, SESSION];
         let mut distribution = |name, help, kind: usize, shown: Range<usize>| {
             let mut family = families.histogram(name, help);
-            for Labelled { pool, address, key, .. } in upstreams {
+            let has_kind = |one: &&Labelled| !of_udp.contains(&kind) || udp.contains(one.pool);
+            for Labelled { pool, address, key, .. } in upstreams.iter().filter(has_kind) {
                 let buckets = self.history.upstream_buckets(key).map_or(&nothing, |all| all[kind]);
                 family.distribution(&[("pool", pool), ("upstream", address)], buckets, shown.clone());
             }
@@ -149,7 +171,19 @@ impl State {
             latency::WAITS,
         );
         distribution("preface_upstream_connection_seconds", "From accept to end.", 2, latency::LIFETIMES);
-        distribution("preface_health_check_seconds", "Health checks that said something.", 3, latency::WAITS);
+        distribution(
+            "preface_upstream_round_trip_seconds",
+            "UDP: from a client's first datagram without a reply to the next reply.",
+            ROUND_TRIP,
+            latency::WAITS,
+        );
+        distribution(
+            "preface_upstream_session_seconds",
+            "UDP: from a session's first datagram to its end.",
+            SESSION,
+            latency::LIFETIMES,
+        );
+        distribution("preface_health_check_seconds", "Health checks that said something.", KINDS, latency::WAITS);
     }
 
     fn listener_families(&self, families: &mut Families) {
@@ -227,10 +261,15 @@ impl State {
         for (family, help, count) in [
             ("preface_datagrams_total", "Datagrams passed on: in from clients, out to clients.", 0),
             ("preface_datagram_bytes_total", "Their payload; headers not counted.", 1),
+            (
+                "preface_datagrams_segmented_total",
+                "Those of them that left together, as segments of one larger send.",
+                2,
+            ),
         ] {
             let mut family = families.counter(family, help);
             for (name, counters) in &lives {
-                let counts = [&counters.datagrams, &counters.bytes][count];
+                let counts = [&counters.datagrams, &counters.bytes, &counters.segmented][count];
                 for (direction, count) in ["in", "out"].iter().zip(counts) {
                     family.sample(&[("listener", name), ("direction", direction)], count.load(Relaxed));
                 }
@@ -265,6 +304,15 @@ impl State {
         counter("preface_upstream_bytes_out_total", "Payload bytes from the upstream.", |up| {
             &up.life.counters.bytes_out
         });
+        let mut datagrams = families
+            .counter("preface_upstream_datagrams_total", "UDP: datagrams passed on: in from clients, out to clients.");
+        let udp = self.udp_pools();
+        for Labelled { pool, address, upstream, .. } in upstreams.iter().filter(|one| udp.contains(one.pool)) {
+            for (direction, count) in ["in", "out"].iter().zip(&upstream.life.counters.datagrams) {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("direction", direction)];
+                datagrams.sample(&labels, count.load(Relaxed));
+            }
+        }
         let mut rejected = families.counter(
             "preface_headers_rejected_total",
             "Connections that looked as if the upstream had not taken the header, or had missed one.",

@@ -1,8 +1,11 @@
 //! What was measured, by time: rates and latencies of every listener, pool and upstream, of the last ten minutes in
 //! steps of five seconds. The control thread's alone.
 
+mod sessions;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +17,8 @@ use crate::metrics::latency::{Buckets, CoarseTrack, FineTrack, Percentiles};
 use crate::pool::UpstreamKey;
 use crate::server::speed::{SAMPLES_MIN, WINDOW_INTERVALS_MAX};
 use crate::snapshot::{Inputs, ListenerLife};
-use crate::termination::Termination;
+use crate::termination::{DropReason, Termination};
+use sessions::{Lately, OfSessions};
 
 /// Between two points.
 pub const INTERVAL: Duration = Duration::from_secs(5);
@@ -22,9 +26,14 @@ pub const INTERVAL: Duration = Duration::from_secs(5);
 pub const POINTS_MAX: usize = 120;
 
 /// Names of the distributions in JSON: what `Measured` has, and health checks.
-const LATENCIES: [&str; KINDS + 1] = ["connect_ms", "first_byte_ms", "duration_ms", "health_check_ms"];
+const LATENCIES: [&str; KINDS + 1] =
+    ["connect_ms", "first_byte_ms", "duration_ms", "round_trip_ms", "session_ms", "health_check_ms"];
 
-/// What is counted of a listener, a pool or an upstream: totals that only grow, but for `open`.
+/// By kind, and of health checks.
+type Latencies = [Option<Percentiles>; KINDS + 1];
+
+/// What is counted of a listener, a pool or an upstream, of its connections and UDP sessions together: totals that only
+/// grow, but for `open`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
     /// Open now.
@@ -37,19 +46,28 @@ pub struct Totals {
     pub bytes_in: u64,
     /// To clients.
     pub bytes_out: u64,
+    /// From clients, and to clients.
+    pub datagrams: [u64; 2],
 }
 
 /// One interval. Small, because there are 120 of each upstream.
 #[derive(Clone, Copy, Debug, Default)]
 struct Point {
     open: u32,
-    /// Connections, failures, bytes in, bytes out: for each second.
-    rates: [f32; 4],
-    /// p50, p99 and the longest, in the order of `LATENCIES`.
-    latencies: [Option<[f32; 3]>; KINDS + 1],
+    /// In the order of `RATES`: for each second.
+    rates: [f32; RATES.len()],
+    /// p50, p99 and the longest, in the order of `LATENCIES`; not a number where nothing was measured.
+    latencies: [[f32; 3]; KINDS + 1],
 }
 
-const RATES: [&str; 4] = ["connections_per_s", "failures_per_s", "bytes_in_per_s", "bytes_out_per_s"];
+const RATES: [&str; 6] = [
+    "connections_per_s",
+    "failures_per_s",
+    "bytes_in_per_s",
+    "bytes_out_per_s",
+    "datagrams_in_per_s",
+    "datagrams_out_per_s",
+];
 
 impl Totals {
     fn add(&mut self, more: Totals) {
@@ -58,16 +76,22 @@ impl Totals {
         self.failures += more.failures;
         self.bytes_in += more.bytes_in;
         self.bytes_out += more.bytes_out;
+        self.datagrams.iter_mut().zip(more.datagrams).for_each(|(sum, more)| *sum += more);
     }
 
     fn of_listener(life: &ListenerLife) -> Totals {
-        let irregular = Termination::ALL.iter().filter(|end| !end.is_regular());
+        let of = |ends: &[AtomicU64; Termination::ALL.len()], is_regular: fn(Termination) -> bool| -> u64 {
+            let irregular = Termination::ALL.iter().filter(|end| !is_regular(**end));
+            irregular.map(|end| ends[*end as usize].load(Relaxed)).sum()
+        };
+        let sessions = &life.sessions;
         Totals {
-            open: u64::from(life.open.load(Relaxed)),
-            connections: life.accepted.load(Relaxed),
-            failures: irregular.map(|end| life.ends[*end as usize].load(Relaxed)).sum(),
-            bytes_in: life.bytes_in.load(Relaxed),
-            bytes_out: life.bytes_out.load(Relaxed),
+            open: u64::from(life.open.load(Relaxed)) + u64::from(sessions.open.load(Relaxed)),
+            connections: life.accepted.load(Relaxed) + sessions.begun.load(Relaxed),
+            failures: of(&life.ends, Termination::is_regular) + of(&sessions.ends, Termination::is_regular_for_session),
+            bytes_in: life.bytes_in.load(Relaxed) + sessions.bytes[0].load(Relaxed),
+            bytes_out: life.bytes_out.load(Relaxed) + sessions.bytes[1].load(Relaxed),
+            datagrams: sessions.datagrams.each_ref().map(|count| count.load(Relaxed)),
         }
     }
 }
@@ -80,7 +104,7 @@ pub struct Points {
 }
 
 impl Points {
-    fn push(&mut self, now: Totals, elapsed: Duration, latencies: [Option<Percentiles>; KINDS + 1]) {
+    fn push(&mut self, now: Totals, elapsed: Duration, latencies: Latencies) {
         // Totals of a pool get smaller when an upstream leaves it.
         let rate = |now: u64, before: u64| (now.saturating_sub(before) as f64 / elapsed.as_secs_f64()) as f32;
         let before = std::mem::replace(&mut self.before, now);
@@ -91,8 +115,11 @@ impl Points {
                 rate(now.failures, before.failures),
                 rate(now.bytes_in, before.bytes_in),
                 rate(now.bytes_out, before.bytes_out),
+                rate(now.datagrams[0], before.datagrams[0]),
+                rate(now.datagrams[1], before.datagrams[1]),
             ],
-            latencies: latencies.map(|all| all.map(|of| [of.p50 as f32, of.p99 as f32, of.max as f32])),
+            latencies: latencies
+                .map(|all| all.map_or([f32::NAN; 3], |of| [of.p50 as f32, of.p99 as f32, of.max as f32])),
         });
         if self.points.len() > POINTS_MAX {
             self.points.pop_front();
@@ -118,8 +145,7 @@ impl Points {
             columns.insert((*name).to_owned(), column(&|point| rounded(point.rates[index])));
         }
         for kind in latencies {
-            let part =
-                |index: usize| column(&|point| point.latencies[*kind].map_or(Value::Null, |of| rounded(of[index])));
+            let part = |index: usize| column(&|point| rounded(point.latencies[*kind][index]));
             let value = json!({ "p50": part(0), "p99": part(1), "max": part(2) });
             columns.insert(LATENCIES[*kind].to_owned(), value);
         }
@@ -127,7 +153,7 @@ impl Points {
     }
 }
 
-/// Three figures after the point are enough for people, and keep the answer short.
+/// Three figures after the point are enough for people, and keep the answer short. What is not a number is null.
 fn rounded(value: f32) -> Value {
     json!((f64::from(value) * 1000.0).round() / 1000.0)
 }
@@ -136,8 +162,8 @@ fn rounded(value: f32) -> Value {
 #[derive(Debug, Default)]
 struct OfListener {
     points: Points,
-    ends_before: [u64; Termination::ALL.len()],
-    ends: VecDeque<[u32; Termination::ALL.len()]>,
+    ends: Lately<{ Termination::ALL.len() }>,
+    sessions: OfSessions,
 }
 
 /// Of one pool.
@@ -258,7 +284,8 @@ impl History {
             process.add(totals);
             let listener = self.listeners.entry(name.clone()).or_default();
             listener.points.push(totals, elapsed, [None; KINDS + 1]);
-            listener.push_ends(life);
+            listener.ends.push(&life.ends);
+            listener.sessions.push(&life.sessions, elapsed);
         }
         process.open = open as u64;
         self.process.push(process, elapsed, [None; KINDS + 1]);
@@ -271,28 +298,35 @@ impl History {
                 failures: life.counters.connect_failures.load(Relaxed),
                 bytes_in: life.counters.bytes_in.load(Relaxed),
                 bytes_out: life.counters.bytes_out.load(Relaxed),
+                datagrams: life.counters.datagrams.each_ref().map(|count| count.load(Relaxed)),
             };
             of_pools.entry(key.pool.clone()).or_default().add(totals);
             let upstream = self.upstreams.entry(key.clone()).or_default();
-            let [connect, first_byte, duration] = upstream.times.each_mut().map(CoarseTrack::close);
-            upstream.points.push(totals, elapsed, [connect, first_byte, duration, upstream.checks.close()]);
+            let times = upstream.times.each_mut().map(CoarseTrack::close);
+            upstream.points.push(totals, elapsed, with_checks(times, upstream.checks.close()));
         }
         self.pools.retain(|name, _| of_pools.contains_key(name));
         for (name, totals) in of_pools {
             let pool = self.pools.entry(name).or_default();
-            let [connect, first_byte, duration] = pool.times.each_mut().map(FineTrack::close);
-            pool.points.push(totals, elapsed, [connect, first_byte, duration, pool.checks.close()]);
+            let times = pool.times.each_mut().map(FineTrack::close);
+            pool.points.push(totals, elapsed, with_checks(times, pool.checks.close()));
         }
         self.reloads.close();
     }
 
-    /// The last ten minutes, as columns.
-    pub fn value(&self) -> Value {
+    /// The last ten minutes, as columns; those of sessions where `has_udp` says so of a listener.
+    pub fn value(&self, has_udp: impl Fn(&str) -> bool) -> Value {
         let length = self.times.len();
         let times: Vec<String> =
             self.times.iter().map(|time| humantime::format_rfc3339_millis(*time).to_string()).collect();
-        let all = [0, 1, 2, 3];
-        let listeners = self.listeners.iter().map(|(name, of)| (name.clone(), of.points.columns(length, &[]).into()));
+        let all: [usize; LATENCIES.len()] = std::array::from_fn(|kind| kind);
+        let listeners = self.listeners.iter().map(|(name, of)| {
+            let mut columns = of.points.columns(length, &[]);
+            if has_udp(name) {
+                columns.insert("sessions".to_owned(), of.sessions.columns(length).into());
+            }
+            (name.clone(), columns.into())
+        });
         let mut pools: Map<String, Value> = Map::new();
         for (name, of) in &self.pools {
             let mut columns = of.points.columns(length, &all);
@@ -327,10 +361,17 @@ impl History {
     pub fn recent_ends(&self, name: Option<&str>) -> [u64; Termination::ALL.len()] {
         let mut sums = [0; Termination::ALL.len()];
         let listeners = self.listeners.iter().filter(|(known, _)| name.is_none_or(|name| name == *known));
-        for ends in listeners.flat_map(|(_, listener)| &listener.ends) {
-            sums.iter_mut().zip(ends).for_each(|(sum, count)| *sum += u64::from(*count));
-        }
+        listeners.for_each(|(_, listener)| listener.ends.add_to(&mut sums));
         sums
+    }
+
+    /// Ends of sessions and drops of the last ten minutes, of one listener.
+    pub fn recent_sessions(&self, name: &str) -> ([u64; Termination::ALL.len()], [u64; DropReason::ALL.len()]) {
+        let sessions = self.listeners.get(name).map(|listener| &listener.sessions);
+        match sessions {
+            Some(sessions) => (sessions.ends.sums(), sessions.dropped.sums()),
+            None => ([0; Termination::ALL.len()], [0; DropReason::ALL.len()]),
+        }
     }
 
     /// Rates of a pool in the last interval.
@@ -341,9 +382,8 @@ impl History {
     /// Percentiles of a pool.
     pub fn pool_latency(&self, name: &str) -> Value {
         let Some(pool) = self.pools.get(name) else { return nothing_measured() };
-        let [connect, first_byte, duration] =
-            pool.times.each_ref().map(|track| (track.last_minute(), track.since_start()));
-        latency([connect, first_byte, duration, (pool.checks.last_minute(), pool.checks.total().percentiles())])
+        let times = pool.times.each_ref().map(|track| (track.last_minute(), track.since_start()));
+        latency(with_checks(times, (pool.checks.last_minute(), pool.checks.total().percentiles())))
     }
 
     /// Rates of an upstream in the last interval.
@@ -355,8 +395,7 @@ impl History {
     pub fn upstream_latency(&self, key: &UpstreamKey) -> Value {
         let Some(upstream) = self.upstreams.get(key) else { return nothing_measured() };
         let both = |track: &CoarseTrack| (track.last_minute(), track.total().percentiles());
-        let [connect, first_byte, duration] = upstream.times.each_ref().map(both);
-        latency([connect, first_byte, duration, both(&upstream.checks)])
+        latency(with_checks(upstream.times.each_ref().map(both), both(&upstream.checks)))
     }
 
     /// What an upstream's connections took in the last seconds, and in the minute before. Longer than half an interval,
@@ -380,10 +419,8 @@ impl History {
 
     /// Distributions of an upstream since it joined: in the order of `Measured`, and health checks.
     pub fn upstream_buckets(&self, key: &UpstreamKey) -> Option<[&Buckets; KINDS + 1]> {
-        self.upstreams.get(key).map(|upstream| {
-            let [connect, first_byte, duration] = upstream.times.each_ref().map(CoarseTrack::total);
-            [connect, first_byte, duration, upstream.checks.total()]
-        })
+        let upstream = self.upstreams.get(key)?;
+        Some(with_checks(upstream.times.each_ref().map(CoarseTrack::total), upstream.checks.total()))
     }
 
     /// Reloads since the start.
@@ -397,22 +434,10 @@ impl History {
     }
 }
 
-impl OfListener {
-    fn push_ends(&mut self, life: &ListenerLife) {
-        let now = life.ends.each_ref().map(|count| count.load(Relaxed));
-        let before = std::mem::replace(&mut self.ends_before, now);
-        let mut delta = [0; Termination::ALL.len()];
-        // A listener that left and came back within one interval has new counters: all that they hold is new.
-        let since = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
-        delta
-            .iter_mut()
-            .zip(now.iter().zip(before))
-            .for_each(|(delta, (now, before))| *delta = since(*now, before) as u32);
-        self.ends.push_back(delta);
-        if self.ends.len() > POINTS_MAX {
-            self.ends.pop_front();
-        }
-    }
+/// What there is of each kind, and of health checks.
+fn with_checks<T>(times: [T; KINDS], checks: T) -> [T; KINDS + 1] {
+    let [connect, first_byte, duration, round_trip, session] = times;
+    [connect, first_byte, duration, round_trip, session, checks]
 }
 
 fn nothing_measured() -> Value {

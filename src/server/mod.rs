@@ -29,8 +29,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use crate::admin::{self, announce};
-use crate::config::Config;
 use crate::config::error::Style;
+use crate::config::{Config, Protocol};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
 use crate::drain::OpenConnections;
@@ -424,7 +424,8 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
         Command::EndConnection(id, by, reply) => drop(reply.send(state.end_connection(&id, &by).await)),
         Command::SetLogLevel(level, by, reply) => drop(reply.send(state.set_log_level(&level, &by))),
         Command::History(reply) => {
-            let _ = reply.send(state.history.value());
+            let has_udp = |name: &str| state.config.listeners.get(name).is_some_and(|one| one.serves(Protocol::Udp));
+            let _ = reply.send(state.history.value(has_udp));
         }
         Command::Config(reply) => {
             let _ = reply.send(state.config_in_force());

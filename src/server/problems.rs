@@ -15,6 +15,9 @@ const RATE_SECONDS: f64 = 5.0;
 /// Open connections beyond this share of what may be are said.
 const NEARLY_FULL: f64 = 0.8;
 
+/// Drops of datagrams that the file orders, or that harm nobody.
+const INTENDED_DROPS: [&str; 3] = ["denied", "own_address", "closing"];
+
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -45,6 +48,8 @@ pub enum Kind {
     ConnectsFail,
     /// An upstream has slowed.
     Slow,
+    /// A listener drops datagrams that it should pass on.
+    DatagramsDropped,
     /// An operator has taken an upstream out.
     TakenOut,
     /// The process is stopping.
@@ -142,6 +147,17 @@ fn of_process(status: &Value) -> Vec<Problem> {
         let advice = "if nobody meant to: event=stop in the log names the signal";
         found.push(Problem::new(Severity::Warn, Kind::Stopping, what, advice));
     }
+    found.extend(status["listeners"].as_object().into_iter().flatten().filter_map(|(name, listener)| {
+        let dropped = listener["sessions"]["dropped_10m"].as_object().into_iter().flatten();
+        let told: Vec<String> = dropped
+            .filter(|(reason, _)| !INTENDED_DROPS.contains(&reason.as_str()))
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
+        let what = format!("listener {name} dropped datagrams in the last ten minutes: {}", told.join(", "));
+        let advice = "queue_full, sessions_full: more than it, or an upstream, takes; refused, unreachable: see the pool; \
+                      forbidden: this machine's own firewall; too_big: payload and header together";
+        (!told.is_empty()).then(|| Problem::new(Severity::Warn, Kind::DatagramsDropped, what, advice))
+    }));
     if let Some(lines) = status["log_lines_dropped"].as_u64().filter(|lines| *lines > 0) {
         let what = format!("{lines} log lines dropped since the start: nobody reads standard output fast enough");
         let advice =
@@ -334,6 +350,17 @@ mod tests {
             let _ = writeln!(text, "{severity:?} {}: {what}{since}\n    {advice}", name.join(" "));
         }
         text
+    }
+
+    #[test]
+    fn datagrams_that_nobody_ordered_dropped_are_said() {
+        let mut status = status(vec![upstream(1, json!({}))]);
+        status["listeners"]["dns"]["sessions"]["dropped_10m"] = json!({ "denied": 7, "closing": 1 });
+        assert!(problems(&status).is_empty());
+        status["listeners"]["dns"]["sessions"]["dropped_10m"] = json!({ "denied": 7, "queue_full": 3, "too_big": 1 });
+        let found = problems(&status);
+        assert_eq!((found.len(), found[0].severity, found[0].kind), (1, Severity::Warn, Kind::DatagramsDropped));
+        assert_eq!(found[0].what, "listener dns dropped datagrams in the last ten minutes: queue_full 3, too_big 1");
     }
 
     #[test]

@@ -7,10 +7,11 @@
 //!   connections: { open, max }, rates: RATES, ends: ENDS,
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
-//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N } } },
+//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N }, sessions: SESSIONS } },
 //!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
-//!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
+//!              open, connections, connect_failures, bytes_in, bytes_out, datagrams_in, datagrams_out,
+//!              rates: RATES, latency: LATENCY,
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ] } },
@@ -20,9 +21,16 @@
 //!   warnings: [], log_lines_dropped: N, snapshot: N,
 //!   problems: [ { severity: "bad" | "warn", kind, pool, upstream, what, since, advice } ] }   the worst first; see `problems`
 //!
-//! RATES        { connections_per_s, failures_per_s, bytes_in_per_s, bytes_out_per_s }
-//!              failures: of a listener ends that aren't regular, of a pool or upstream failed connects
-//! LATENCY      { connect_ms, first_byte_ms, duration_ms, health_check_ms: { last_minute: PERCENTILES, since_start: PERCENTILES } }
+//! SESSIONS     { open, max, begun, datagrams_in, datagrams_out, segmented_in, segmented_out, bytes_in, bytes_out,
+//!                moved: { reason: N }, dropped, dropped_10m: { reason: N }, ends, ends_10m: { "who.phase.why": N } }
+//!              of a listener that serves UDP; its `open`, `accepted`, bytes and ends are of TCP alone
+//! RATES        { connections_per_s, failures_per_s, bytes_in_per_s, bytes_out_per_s, datagrams_in_per_s, datagrams_out_per_s }
+//!              of connections and UDP sessions together; failures: of a listener ends that aren't regular, of a pool or
+//!              upstream failed connects
+//! LATENCY      { connect_ms, first_byte_ms, duration_ms, round_trip_ms, session_ms, health_check_ms:
+//!                { last_minute: PERCENTILES, since_start: PERCENTILES } }
+//!              of UDP: round_trip_ms, from a client's first datagram without a reply to the next reply; session_ms, from
+//!              a session's first datagram to its end
 //! PERCENTILES  { count, p50, p90, p99, p999, max } in milliseconds, or null where nothing was measured.
 //!              A pool's are exact to 1 %, those of upstreams, checks and reloads are estimated from buckets
 //! ENDS         { total: { "who.phase.why": N }, last_10m: { "who.phase.why": N } }
@@ -35,8 +43,11 @@
 //! { interval_s: 5, times: [ "2026-...Z" ],
 //!   process: SERIES, listeners: { NAME: SERIES }, pools: { NAME: SERIES + LATENCIES + { upstreams: { ADDRESS: SERIES + LATENCIES } } } }
 //!
-//! SERIES     { open: [], connections_per_s: [], failures_per_s: [], bytes_in_per_s: [], bytes_out_per_s: [] }
-//! LATENCIES  { connect_ms, first_byte_ms, duration_ms, health_check_ms: { p50: [], p99: [], max: [] } }
+//! SERIES     { open: [], connections_per_s: [], failures_per_s: [], bytes_in_per_s: [], bytes_out_per_s: [],
+//!              datagrams_in_per_s: [], datagrams_out_per_s: [] }
+//!            of connections and UDP sessions together; a listener that serves UDP has also
+//!            sessions: { open: [], begun_per_s: [], dropped_per_s: { reason: [] } }, the reasons that there were
+//! LATENCIES  { connect_ms, first_byte_ms, duration_ms, round_trip_ms, session_ms, health_check_ms: { p50: [], p99: [], max: [] } }
 //! ```
 
 use std::collections::BTreeMap;
@@ -78,7 +89,13 @@ impl State {
             value["protocol"] = json!(listener.protocols.iter().map(|one| one.as_str()).collect::<Vec<_>>());
             if listener.serves(Protocol::Udp) {
                 let max = snapshot.slots.values().find(|slot| slot.config.name == listener.name);
-                value["sessions"] = sessions_value(&life.sessions, max.map_or(0, |slot| slot.sessions_max));
+                let mut sessions = sessions_value(&life.sessions, max.map_or(0, |slot| slot.sessions_max));
+                let (ended, dropped) = self.history.recent_sessions(&listener.name);
+                sessions["ends_10m"] = ends(&ended);
+                let dropped = DropReason::ALL.iter().zip(dropped).filter(|(_, count)| *count > 0);
+                sessions["dropped_10m"] =
+                    dropped.map(|(reason, count)| (reason.as_str().to_owned(), json!(count))).collect();
+                value["sessions"] = sessions;
             }
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
@@ -156,6 +173,8 @@ impl State {
             "connect_failures": counters.connect_failures.load(Relaxed),
             "bytes_in": counters.bytes_in.load(Relaxed),
             "bytes_out": counters.bytes_out.load(Relaxed),
+            "datagrams_in": counters.datagrams[0].load(Relaxed),
+            "datagrams_out": counters.datagrams[1].load(Relaxed),
             "header_rejected": suspicion.map(Suspicion::value),
             "slow": self.slow.of(&key).map(|(phase, slowness)| slowness.value(phase)),
             "rejections": rejections(upstream),
@@ -218,6 +237,8 @@ fn sessions_value(counters: &SessionCounters, max: usize) -> Value {
         "begun": counters.begun.load(Relaxed),
         "datagrams_in": counters.datagrams[0].load(Relaxed),
         "datagrams_out": counters.datagrams[1].load(Relaxed),
+        "segmented_in": counters.segmented[0].load(Relaxed),
+        "segmented_out": counters.segmented[1].load(Relaxed),
         "bytes_in": counters.bytes[0].load(Relaxed),
         "bytes_out": counters.bytes[1].load(Relaxed),
         "moved": by_word(Moved::ALL.iter().map(|why| why.as_str()).zip(&counters.moved)),

@@ -34,6 +34,7 @@ mod reload;
 mod requested;
 mod scaling;
 mod see;
+mod see_udp;
 mod stopping;
 mod syscalls;
 mod systemd;

@@ -5,6 +5,7 @@ use std::net::Shutdown;
 
 use crate::reload::list;
 use crate::support::browser::{Browser, forward_to};
+use crate::support::datagrams::{DatagramServer, ask, client, echo};
 use crate::support::ports::free_port;
 use crate::support::receiver::say_who;
 use crate::support::{Balancer, Receiver, eventually, preface};
@@ -71,6 +72,35 @@ fn shows_what_there_is_and_what_happens() {
     browser.wait_for("#problems", "the refused reload", |text| text.contains("was refused"));
     browser.wait_for("#reloads", "its errors", |text| text.contains("refused") && text.contains("<img src=x"));
     assert_eq!(browser.run("return document.images.length"), 0, "what the file says is text, not HTML");
+    assert_eq!(browser.console(), Vec::<String>::new());
+}
+
+#[test]
+fn shows_udp_sessions_in_the_same_tables() {
+    let server = DatagramServer::start(echo);
+    let balancer = preface(&format!(
+        "[listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"resolvers\"\nidle_timeout = \"300ms\"\n\
+         [pools.resolvers]\nproxy_protocol = \"spp\"\nupstreams = [\"{}\"]\n",
+        server.address
+    ));
+    let browser = open(&balancer);
+    browser.wait_for("#pools", "the column of round trips", |text| text.to_lowercase().contains("udp round trip"));
+    assert!(!browser.text("#pools").to_lowercase().contains("first byte"), "no connection comes here");
+    let client = client();
+    for _ in 0..3 {
+        ask(&client, balancer.ipv4("dns"), b"question");
+    }
+    client.send_to(&[0; 65_507], balancer.ipv4("dns")).expect("a datagram is sent");
+    browser.wait_for("#pools", "a percentile", |text| text.contains(" ms"));
+    browser.wait_for("#listeners", "the drop and why", |text| text.contains("too_big 1") && text.contains("spp 3"));
+    browser.wait_for("#problems", "the drop", |text| text.contains("listener dns") && text.contains("too_big 1"));
+    browser.wait_for("#ends", "the end of the session", |text| text.contains("UDP preface.relay.idle_timeout"));
+    browser.wait_for("#tap", "the session", |text| text.contains("dns (UDP)") && text.contains("spp, 38 bytes"));
+    let plots = "return [...document.querySelectorAll('#listeners svg.plot polyline')].filter((line) => line.getAttribute('points')).length";
+    eventually("sessions, datagrams and drops are drawn", || (browser.run(plots) == 3).then_some(()));
+    browser.click("#tap tbody button");
+    let header = browser.wait_for("#tap .detail", "the magic", |text| text.contains("56 ec"));
+    assert!(header.contains(&client.local_addr().expect("an address").to_string()), "{header}");
     assert_eq!(browser.console(), Vec::<String>::new());
 }
 

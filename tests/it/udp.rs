@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use crate::support::datagrams::{DatagramServer, ask, client, client_at, echo, nothing, receive, say_ends};
 use crate::support::ports::free_port;
-use crate::support::{Balancer, Receiver, eventually, preface};
+use crate::support::{Balancer, DEADLINE, Receiver, eventually, preface};
 
 /// One listener on 127.0.0.1 with further keys of listener and pool.
 fn balancer(upstreams: &[SocketAddr], listener: &str, pool: &str) -> Balancer {
@@ -343,6 +343,35 @@ fn a_stop_waits_for_sessions_and_serves_no_new_client() {
     assert!(lb.wait_exit().success());
     let line = lb.log().wait_for("the line of the session", |line| line.contains("event=session"));
     assert!(line.contains("datagrams_in=2") && line.contains("end=preface.relay.idle_timeout"), "{line}");
+}
+
+/// As it is by default, where a session lasts for two minutes of silence and the stop for 80 s.
+#[test]
+fn a_stop_does_not_wait_for_clients_who_have_their_answers() {
+    let server = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    server.set_read_timeout(Some(DEADLINE)).expect("a time limit");
+    let mut lb = balancer(&[server.local_addr().expect("an address")], "", "");
+    let (answered, waiting) = (client(), client());
+    let mut buffer = [0; 512];
+    let mut question = |client: &UdpSocket| {
+        client.send_to(b"question", lb.ipv4("dns")).expect("a datagram is sent");
+        server.recv_from(&mut buffer).expect("the question").1
+    };
+    let peer = question(&answered);
+    server.send_to(b"answer", peer).expect("a reply is sent");
+    receive(&answered);
+    let late = question(&waiting);
+    lb.signal(Signal::TERM);
+    let begun = Instant::now();
+    let own = format!("client={} ", answered.local_addr().expect("an address"));
+    let line = lb.log().wait_for("the end of the one", |line| line.contains("event=session") && line.contains(&own));
+    assert!(line.ends_with("end=preface.relay.idle_timeout"), "{line}");
+    assert!(begun.elapsed() > Duration::from_millis(500), "it might have asked once more");
+    assert!(lb.is_running(), "the other one waits for an answer");
+    server.send_to(b"late", late).expect("a reply is sent");
+    assert_eq!(text(receive(&waiting)), "late");
+    assert!(lb.wait_exit().success());
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! UDP on a network of its own: an MTU of 1500, several addresses, and go-mmproxy, which answers from spoofed addresses.
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::support::client::connect;
 use crate::support::datagrams::{Datagram, DatagramServer, ask, client_at, echo, receive, say_ends};
 use crate::support::netns::Pair;
 use crate::support::ports::free_port;
@@ -85,6 +87,53 @@ fn a_wildcard_listener_on_several_addresses_is_the_one_that_was_asked() {
         }
     }
     assert_eq!(lb.metric("preface_sessions_begun_total", &[]), 6.0, "one for each address");
+}
+
+#[test]
+fn what_the_own_firewall_stops_is_not_held_against_the_upstream() {
+    let Some(pair) = namespaces("what_the_own_firewall_stops_is_not_held_against_the_upstream") else { return };
+    let server = pair.left.inside(|| DatagramServer::start(echo));
+    let lb = balancer(&pair, "10.231.0.1:0", server.address);
+    let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+    let client = pair.right.inside(|| client_at("10.231.0.2:0"));
+    assert_eq!(ask(&client, local, b"before").0, b"before");
+    let nft = |line: &str| {
+        let (status, output) = Process::run(pair.left.command("nft").arg(line));
+        assert!(status.success(), "{line}: {output}");
+    };
+    nft("add table inet own");
+    nft("add chain inet own output { type filter hook output priority 0; }");
+    nft(&format!("add rule inet own output udp dport {} drop", server.address.port()));
+    for count in 1..=5 {
+        client.send_to(b"stopped", local).expect("a datagram is sent");
+        let dropped = || lb.metric("preface_datagrams_dropped_total", &[("reason", "forbidden")]);
+        eventually("it is counted", || (dropped() == f64::from(count)).then_some(()));
+    }
+    lb.log().wait_for("why", |line| line.contains("event=datagrams_dropped") && line.contains("reason=forbidden"));
+    nft("delete table inet own");
+    assert_eq!(ask(&client, local, b"after").0, b"after");
+    assert_eq!(lb.metric("preface_upstream_connect_failures_total", &[]), 0.0);
+    assert_eq!(lb.metric("preface_sessions_moved_total", &[]), 0.0);
+    assert_eq!(lb.metric("preface_sessions_begun_total", &[]), 1.0);
+    assert_eq!(lb.upstream("p", server.address)["health"], "healthy");
+}
+
+/// The kernel says EACCES to a connect, of TCP and of UDP.
+#[test]
+fn a_route_that_prohibits_is_not_held_against_the_upstream() {
+    let Some(pair) = namespaces("a_route_that_prohibits_is_not_held_against_the_upstream") else { return };
+    pair.left.run("ip route add prohibit 192.0.2.1");
+    let text = "[listeners.dns]\nbind = \"10.231.0.1:0\"\nprotocol = [\"tcp\", \"udp\"]\npool = \"p\"\n\
+                [pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"192.0.2.1:53\"]\n";
+    let lb = preface_in(&pair.left, text);
+    let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+    pair.right.inside(|| client_at("10.231.0.2:0")).send_to(b"question", local).expect("a datagram is sent");
+    let dropped = || lb.metric("preface_datagrams_dropped_total", &[("reason", "forbidden")]);
+    eventually("it is counted", || (dropped() == 1.0).then_some(()));
+    let mut client = pair.right.inside(|| connect(local)).expect("a client connects");
+    client.read(&mut [0; 1]).expect_err("it is reset");
+    lb.log().wait_for("why", |line| line.ends_with("end=preface.connect.local_resources"));
+    assert_eq!(lb.metric("preface_upstream_connect_failures_total", &[]), 0.0);
 }
 
 #[test]

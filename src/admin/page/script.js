@@ -8,6 +8,7 @@
   const TAP_EVERY_MS = 3000;
   const TAP_ROWS = 25;
   const REGULAR = new Set(["client.relay.closed", "upstream.relay.closed", "client.relay.reset"]);
+  const REGULAR_SESSION = new Set(["preface.relay.idle_timeout", "preface.relay.responses"]);
 
   const byId = (id) => document.getElementById(id);
   const list = (value) => (Array.isArray(value) ? value : []);
@@ -214,7 +215,14 @@
         column(key, process[name]);
       }
     }
-    for (const [name, value] of entries(history.listeners)) column("l:" + name, value.connections_per_s);
+    for (const [name, value] of entries(history.listeners)) {
+      column("l:" + name, value.connections_per_s);
+      if (!value.sessions) continue;
+      const sum = (columns) => list(columns[0]).map((_, at) => columns.reduce((sum, column) => (number(column[at]) === null ? sum : (sum ?? 0) + column[at]), null));
+      column("ld:" + name, sum([list(value.datagrams_in_per_s), list(value.datagrams_out_per_s)]));
+      const drops = entries(value.sessions.dropped_per_s).map(([, values]) => list(values));
+      column("lx:" + name, drops.length ? sum(drops) : list(value.sessions.open).map((open) => (number(open) === null ? null : 0)));
+    }
     for (const [name, pool] of entries(history.pools)) {
       for (const [address, value] of entries(pool.upstreams)) column("u:" + JSON.stringify([name, address]), value.connections_per_s);
     }
@@ -235,22 +243,36 @@
     const total = { accepted: null, in: null, out: null, faults: null };
     const add = (name, value) => { if (value !== null) total[name] = (total[name] ?? 0) + value; };
     const ends = new Map();
+    // Of UDP sessions apart: what is regular is not the same.
+    const ended = (kind, end, times, lately) => {
+      const key = kind + end;
+      const known = ends.get(key) || { kind, end, times: 0, lately: 0 };
+      ends.set(key, { ...known, times: known.times + times, lately: known.lately + (lately || 0) });
+    };
     for (const [name, value] of entries(status.listeners)) {
-      const listener = { name, value };
-      listener.rate = rate("l:" + name, now, number(value.accepted));
-      listener.in = rate("li:" + name, now, number(value.bytes_in));
-      listener.out = rate("lo:" + name, now, number(value.bytes_out));
+      const listener = { name, value, sessions: value.sessions || null };
+      const { sessions } = listener;
+      const both = (key, other) => { const of = number(value[key]); return sessions && of !== null ? of + (number(sessions[other]) || 0) : of; };
+      listener.open = both("open", "open");
+      listener.accepted = both("accepted", "begun");
+      listener.rate = rate("l:" + name, now, listener.accepted);
+      listener.in = rate("li:" + name, now, both("bytes_in", "bytes_in"));
+      listener.out = rate("lo:" + name, now, both("bytes_out", "bytes_out"));
       add("accepted", listener.rate); add("in", listener.in); add("out", listener.out);
-      for (const [end, times] of entries(value.ends)) if (number(times) !== null) ends.set(end, (ends.get(end) || 0) + times);
+      for (const [end, times] of entries(value.ends)) if (number(times) !== null) ended("", end, times, number((value.ends_10m || {})[end]));
+      if (sessions) {
+        measureSessions(listener, now);
+        for (const [end, times] of entries(sessions.ends)) if (number(times) !== null) ended("UDP ", end, times, number((sessions.ends_10m || {})[end]));
+      }
       model.listeners.push(listener);
     }
-    const lately = status.ends && status.ends.last_10m;
-    for (const [end, times] of ends) {
-      const perSecond = rate("e:" + end, now, times);
-      if (!REGULAR.has(end)) add("faults", perSecond);
-      const seen = recent("e:" + end, times, now);
+    for (const [key, { kind, end, times, lately }] of ends) {
+      const perSecond = rate("e:" + key, now, times);
+      const regular = (kind ? REGULAR_SESSION : REGULAR).has(end);
+      if (!regular) add("faults", perSecond);
+      const seen = recent("e:" + key, times, now);
       // The server's count is complete, ours is up to date.
-      model.ends.push({ end, times, perSecond, recent: Math.max(seen, (lately && number(lately[end])) || 0) });
+      model.ends.push({ key, kind, end, times, perSecond, regular, recent: Math.max(seen, lately) });
     }
     looked = true;
     if (total.accepted !== null && total.faults === null) total.faults = 0;
@@ -265,6 +287,20 @@
     return model;
   }
 
+  /// Datagrams both ways, and those that were dropped, by reason.
+  function measureSessions(listener, now) {
+    const { name, sessions } = listener;
+    listener.datagramsIn = rate("ldi:" + name, now, number(sessions.datagrams_in));
+    listener.datagramsOut = rate("ldo:" + name, now, number(sessions.datagrams_out));
+    if (listener.datagramsIn !== null && listener.datagramsOut !== null) note("ld:" + name, now, listener.datagramsIn + listener.datagramsOut);
+    const dropped = entries(sessions.dropped).filter(([, times]) => number(times) !== null);
+    listener.dropping = rate("lx:" + name, now, dropped.reduce((sum, [, times]) => sum + times, 0));
+    listener.drops = dropped.map(([reason, times]) => {
+      const seen = recent("x:" + name + " " + reason, times, now);
+      return { reason, recent: Math.max(seen, number((sessions.dropped_10m || {})[reason]) || 0) };
+    }).filter((drop) => drop.recent > 0).sort((one, other) => other.recent - one.recent);
+  }
+
   /// How often in the last ten minutes, as far as this page has seen them. What was not there at its first look was 0.
   const endsSeen = new Map();
   let looked = false;
@@ -277,7 +313,10 @@
   }
 
   function measurePool(model, name, value) {
-    const pool = { name, value, upstreams: [], usable: 0 };
+    const listeners = model.listeners.filter((listener) => listener.value.pool === name);
+    const udp = listeners.some((listener) => listener.sessions);
+    const tcp = !udp || listeners.some((listener) => list(listener.value.protocol).includes("tcp"));
+    const pool = { name, value, upstreams: [], usable: 0, columns: UPSTREAM.filter((column) => (column.of === "tcp" ? tcp : column.of === "udp" ? udp : true)) };
     for (const upstream of list(value.upstreams)) {
       const address = words(upstream.address);
       const key = JSON.stringify([name, address]);
@@ -302,6 +341,8 @@
   }
 
   // ---- What is wrong now: the server's list, the worst first
+
+  const dropText = (drops) => drops.map((drop) => drop.reason + " " + count(drop.recent)).join(", ");
 
   function showProblems(model) {
     const found = list(model.status.problems);
@@ -380,16 +421,17 @@
     { key: "rate", name: "new", number: true },
     { key: "plot", name: "last 10 min" },
     { key: "bytes", name: "in, out", number: true },
-    { key: "connect", name: "connect p50, p99", number: true },
-    { key: "first", name: "first byte p50, p99", number: true },
+    { key: "connect", name: "connect p50, p99", number: true, of: "tcp" },
+    { key: "first", name: "first byte p50, p99", number: true, of: "tcp" },
+    { key: "trip", name: "UDP round trip p50, p99", number: true, of: "udp" },
     { key: "failures", name: "failed connects", number: true },
     { key: "orders", name: "", className: "orders" },
   ];
 
   function showPools(model) {
-    keep(byId("pools"), model.pools, (pool) => pool.name, (pool) => {
+    keep(byId("pools"), model.pools, (pool) => pool.columns.length + pool.name, (pool) => {
       const node = card(null, "Pool " + pool.name);
-      node.table_ = table(UPSTREAM);
+      node.table_ = table(pool.columns);
       node.more_ = make("p", "quiet");
       node.append(node.table_, node.more_);
       return node;
@@ -400,20 +442,19 @@
       about += latencies(pool.value);
       say(node.about_, about);
       say(node.more_, rows.length > UPSTREAMS_MAX ? (rows.length - UPSTREAMS_MAX) + " more, in no worse state: see /status" : "");
-      keep(node.table_.rows_, rows.slice(0, UPSTREAMS_MAX), (upstream) => upstream.key, upstreamRow, (tr, upstream) => showUpstream(tr, upstream, model));
+      keep(node.table_.rows_, rows.slice(0, UPSTREAMS_MAX), (upstream) => upstream.key, () => upstreamRow(pool.columns), (tr, upstream) => showUpstream(tr, upstream, model));
     });
   }
 
-  function upstreamRow() {
-    const node = row(UPSTREAM);
-    const { address, state, plot: cell, bytes, connect, first, orders } = node.cells_;
+  function upstreamRow(columns) {
+    const node = row(columns);
+    const { address, state, plot: cell, bytes, connect, first, trip, orders } = node.cells_;
     address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
     state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), document.createTextNode(" "), (node.fault_ = make("span", "badge bad")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
     cell.append((node.plot_ = plot()));
     const lines = (cell) => { const two = [make("span", "line"), make("span", "line")]; cell.append(...two); return two; };
     [node.in_, node.out_] = lines(bytes);
-    node.connect_ = lines(connect);
-    node.first_ = lines(first);
+    node.times_ = [[connect, "connect"], [first, "first_byte"], [trip, "round_trip"]].filter(([cell]) => cell).map(([cell, kind]) => [lines(cell), kind]);
     for (const order of ["drain", "disable", "enable"]) {
       const button = make("button", "", order[0].toUpperCase() + order.slice(1));
       button.type = "button";
@@ -454,7 +495,7 @@
     say(cells.rate, perSecond(upstream.rate));
     say(node.in_, bytesPerSecond(upstream.in));
     say(node.out_, bytesPerSecond(upstream.out));
-    for (const [lines, kind] of [[node.connect_, "connect"], [node.first_, "first_byte"]]) {
+    for (const [lines, kind] of node.times_) {
       const { p50, p99 } = measured(value, kind);
       say(lines[0], milliseconds(number(p50)));
       say(lines[1], milliseconds(number(p99)));
@@ -481,7 +522,7 @@
   }
 
   function latencies(value) {
-    const told = [["connect", "connect"], ["first_byte", "first byte"]].map(([kind, name]) => [name, percentiles(value, kind)]);
+    const told = [["connect", "connect"], ["first_byte", "first byte"], ["round_trip", "UDP round trip"]].map(([kind, name]) => [name, percentiles(value, kind)]);
     const text = told.filter(([, times]) => times !== "–").map(([name, times]) => name + " " + times).join(", ");
     return text && "; p50 / p99 of the last minute: " + text;
   }
@@ -496,6 +537,7 @@
     { key: "rate", name: "new", number: true },
     { key: "plot", name: "last 10 min" },
     { key: "bytes", name: "in / out", number: true },
+    { key: "datagrams", name: "datagrams in / out, dropped", number: true },
     { key: "total", name: "accepted", number: true },
     { key: "headers", name: "headers sent", number: true },
   ];
@@ -503,22 +545,39 @@
   function showListeners(model) {
     const parent = byId("listeners");
     if (!parent.card_) { parent.card_ = card(parent, "Listeners"); parent.card_.append((parent.table_ = table(LISTENER))); }
-    keep(parent.table_.rows_, model.listeners, (listener) => listener.name, (listener) => {
+    keep(parent.table_.rows_, model.listeners, (listener) => (listener.sessions ? "udp " : "tcp ") + listener.name, (listener) => {
       const node = row(LISTENER);
       node.cells_.name.append(make("strong", "", listener.name));
       node.cells_.plot.append((node.plot_ = plot()));
+      if (listener.sessions) {
+        node.cells_.plot.append((node.datagrams_ = plot()), (node.drops_ = plot(true)));
+        node.cells_.datagrams.append((node.passed_ = make("span", "line")), (node.dropped_ = make("span", "line")));
+      }
       return node;
-    }, (node, { name, value, rate, in: into, out }) => {
+    }, (node, listener) => {
+      const { name, value, rate, in: into, out } = listener;
       const cells = node.cells_;
-      say(cells.bind, list(value.bind).map(words).join(", "));
+      say(cells.bind, list(value.bind).map(words).join(", ") + (listener.sessions ? " " + list(value.protocol).map(words).join(" and ") : ""));
       say(cells.pool, words(value.pool));
-      say(cells.open, count(number(value.open)));
+      say(cells.open, count(listener.open));
       say(cells.rate, perSecond(rate));
       say(cells.bytes, bytesPerSecond(into) + " / " + bytesPerSecond(out));
-      say(cells.total, count(number(value.accepted)));
+      say(cells.total, count(listener.accepted));
+      if (listener.sessions) showSessions(node, listener, model.now);
       say(cells.headers, entries(value.headers).filter(([, sent]) => sent).map(([version, sent]) => version + " " + count(sent)).join(", ") || "none");
       draw(node.plot_, of("l:" + name), model.now, perSecond);
     });
+  }
+
+  /// Sessions begun are in the plot of new ones; below it datagrams both ways, and drops where there are any.
+  function showSessions(node, listener, now) {
+    const { name, drops } = listener;
+    say(node.passed_, perSecond(listener.datagramsIn) + " / " + perSecond(listener.datagramsOut));
+    say(node.dropped_, drops.length ? "dropped " + perSecond(listener.dropping) + "; last 10 min: " + dropText(drops) : "none dropped");
+    node.dropped_.classList.toggle("count-bad", listener.dropping > 0);
+    draw(node.datagrams_, of("ld:" + name), now, (value) => count(value) + " datagrams/s");
+    draw(node.drops_, of("lx:" + name), now, (value) => count(value) + " drops/s");
+    node.drops_.style.display = drops.length ? "" : "none";
   }
 
   const END = [
@@ -531,20 +590,20 @@
   function showEnds(model) {
     const parent = byId("ends");
     if (!parent.card_) {
-      parent.card_ = card(parent, "How connections end");
+      parent.card_ = card(parent, "How connections and sessions end");
       parent.card_.append((parent.table_ = table(END)), (parent.none_ = make("p", "quiet", "none has ended yet")));
     }
     parent.none_.hidden = model.ends.length > 0;
     parent.table_.hidden = !model.ends.length;
-    keep(parent.table_.rows_, model.ends, (end) => end.end, (end) => {
+    keep(parent.table_.rows_, model.ends, (end) => end.key, (end) => {
       const node = row(END);
-      node.cells_.end.append(make("span", "mono", end.end));
+      node.cells_.end.append(make("span", "quiet", end.kind), make("span", "mono", end.end));
       return node;
     }, (node, end) => {
       say(node.cells_.recent, count(end.recent));
       say(node.cells_.rate, perSecond(end.perSecond));
       say(node.cells_.total, count(end.times));
-      node.cells_.recent.classList.toggle("count-bad", !REGULAR.has(end.end) && end.recent > 0);
+      node.cells_.recent.classList.toggle("count-bad", !end.regular && end.recent > 0);
     });
   }
 
@@ -586,7 +645,7 @@
     const parent = byId("tap");
     parent.hidden = false;
     if (!parent.card_) {
-      parent.card_ = card(parent, "Recent connections");
+      parent.card_ = card(parent, "Recent connections and sessions");
       parent.card_.append((parent.table_ = table(TAP)), (parent.none_ = make("p", "quiet", "none yet")));
     }
     parent.none_.hidden = connections.length > 0;
@@ -605,7 +664,8 @@
       dress(node, opened === words(connection.id) ? "open" : "");
       say(cells.accepted, clock(connection.accepted, now));
       say(cells.client, words(connection.client));
-      say(cells.listener, words(connection.listener));
+      const udp = connection.protocol === "udp";
+      say(cells.listener, words(connection.listener) + (udp ? " (UDP)" : ""));
       say(cells.upstream, [connection.pool, connection.upstream].filter(Boolean).map(words).join(" "));
       const header = connection.header;
       say(node.button_, header ? words(header.version) + ", " + count(number(header.bytes)) + " bytes" : "none");
@@ -614,7 +674,7 @@
       say(cells.bytes, bytes(number(connection.bytes_in)) + " / " + bytes(number(connection.bytes_out)));
       say(cells.first, milliseconds(number(connection.first_byte_ms)));
       say(cells.end, words(connection.end) || "open for " + length((connection.age_ms || 0) / 1000));
-      cells.end.classList.toggle("count-bad", Boolean(connection.end) && !REGULAR.has(connection.end));
+      cells.end.classList.toggle("count-bad", Boolean(connection.end) && !(udp ? REGULAR_SESSION : REGULAR).has(connection.end));
     });
     parent.connections_ = connections;
   }
@@ -637,7 +697,7 @@
     cell.colSpan = TAP.length;
     const facts = make("dl");
     const tell = (name, value) => facts.append(make("dt", "", words(name)), make("dd", "", words(value)));
-    tell("connection", id);
+    tell("id", id);
     list(header.facts).forEach((fact) => tell(fact.name, fact.value));
     const fields = table([{ name: "at" }, { name: "bytes" }, { name: "field" }]);
     for (const field of list(header.fields)) {

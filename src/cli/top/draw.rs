@@ -50,8 +50,8 @@ const COLUMNS: [Column; 9] = [
     Column { name: "OUT/s", width: 8, from: 100, of: |numbers| bytes(numbers.rates.bytes_out) },
     Column { name: "CONN50", width: 6, from: 116, of: |numbers| milliseconds(numbers.latency.connect[0]) },
     Column { name: "CONN99", width: 6, from: 0, of: |numbers| milliseconds(numbers.latency.connect[1]) },
-    Column { name: "BYTE50", width: 6, from: 116, of: |numbers| milliseconds(numbers.latency.first_byte[0]) },
-    Column { name: "BYTE99", width: 6, from: 0, of: |numbers| milliseconds(numbers.latency.first_byte[1]) },
+    Column { name: "ANSW50", width: 6, from: 116, of: |numbers| milliseconds(numbers.latency.answer()[0]) },
+    Column { name: "ANSW99", width: 6, from: 0, of: |numbers| milliseconds(numbers.latency.answer()[1]) },
     Column { name: "FAIL/s", width: 6, from: 0, of: |numbers| rate(numbers.rates.failures) },
 ];
 
@@ -107,7 +107,7 @@ fn top_lines(scene: &Scene) -> Vec<Line<'static>> {
         first.push(Span::styled("  PAUSED", WARN));
     }
     let max = model.open_max.map(|max| format!(" of {}", count(Some(max)))).unwrap_or_default();
-    let second = vec![
+    let mut second = vec![
         Span::raw(format!("open {}{max}", count(model.open))),
         Span::raw(format!("   new {}/s", rate(model.rates.connections))),
         Span::raw(format!("   in {}/s", bytes(model.rates.bytes_in))),
@@ -115,6 +115,12 @@ fn top_lines(scene: &Scene) -> Vec<Line<'static>> {
         Span::raw("   failed "),
         failing(&format!("{}/s", rate(model.rates.failures)), model.rates.failures),
     ];
+    if let (Some(datagrams_in), Some(datagrams_out)) = (model.rates.datagrams_in, model.rates.datagrams_out)
+        && datagrams_in + datagrams_out > 0.0
+    {
+        let (into, out) = (rate(Some(datagrams_in)), rate(Some(datagrams_out)));
+        second.push(Span::raw(format!("   dgrams {into}/s in {out}/s out")));
+    }
     vec![Line::from(first), Line::from(second)]
 }
 
@@ -281,12 +287,17 @@ fn details(view: &View, model: &Model, rows: &[Row], width: u16) -> Vec<Line<'st
     } else if let Row::Pool(pool) = row {
         first = format!("pool {}, {} upstreams", pool.name, pool.upstreams.len());
     }
-    let second = format!(
-        "last minute p50/p99: connect {}, first byte {}; {} failed connects",
+    let mut second = format!(
+        "last minute p50/p99: connect {}, first byte {}",
         both(numbers.latency.connect),
-        both(numbers.latency.first_byte),
-        count(numbers.connect_failures),
+        both(numbers.latency.first_byte)
     );
+    if numbers.latency.round_trip[0].is_some() {
+        second = second.replace("connect -/-, first byte -/-", "");
+        second += if second.ends_with(' ') { "" } else { ", " };
+        second += &format!("UDP round trip {}", both(numbers.latency.round_trip));
+    }
+    second += &format!("; {} failed connects", count(numbers.connect_failures));
     let target = row.target();
     let is_meant = |problem: &&Problem| {
         problem.pool == target.pool && problem.upstream == target.address.as_deref().unwrap_or_default()
@@ -335,15 +346,16 @@ d             drain             nothing new; open connections stay
 x             disable           nothing new; open ones are reset now
 e             enable            take both back
               each asks first; on a pool's row: all of it
-s             sort              pool, state, open, new, first byte, failed
+s             sort              pool, state, open, new, answer, failed
 /             filter            pool, address, state, reason; Esc clears
 p             pause             the screen stays as it is
 q Ctrl-C      quit
 
-serving: healthy and enabled. CONN99, BYTE99: p99 of the last minute of
-connects and from accept to first byte. FAIL/s: failed connects; in the
-second line every end that is not regular.";
-    let [width, height] = [76, 15].map(|size: u16| size);
+serving: healthy and enabled. OPEN, NEW: connections and UDP sessions.
+CONN99, ANSW99: p99 of the last minute of connects and of answers (from
+accept to first byte; UDP: from question to reply; the slower one).
+FAIL/s: failed connects; in the second line every end not regular.";
+    let [width, height] = [76, 16].map(|size: u16| size);
     let place = Rect {
         x: area.x + area.width.saturating_sub(width) / 2,
         y: area.y + area.height.saturating_sub(height) / 2,

@@ -43,7 +43,7 @@ pub struct Problem {
 /// Per second; `None` where the server does not say.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// New connections.
+    /// New connections and UDP sessions.
     pub connections: Option<f64>,
     /// Failed connects; of everything: ends that are not regular.
     pub failures: Option<f64>,
@@ -51,6 +51,10 @@ pub struct Rates {
     pub bytes_in: Option<f64>,
     /// To clients.
     pub bytes_out: Option<f64>,
+    /// From clients.
+    pub datagrams_in: Option<f64>,
+    /// To clients.
+    pub datagrams_out: Option<f64>,
 }
 
 /// Milliseconds, of the last minute.
@@ -60,6 +64,19 @@ pub struct Latency {
     pub connect: [Option<f64>; 2],
     /// To the upstream's first byte: p50, p99.
     pub first_byte: [Option<f64>; 2],
+    /// Of UDP, from question to reply: p50, p99.
+    pub round_trip: [Option<f64>; 2],
+}
+
+impl Latency {
+    /// How long clients wait for an answer: p50, p99 of the slower one, where there are connections and UDP sessions.
+    pub fn answer(&self) -> [Option<f64>; 2] {
+        let slower = |one: Option<f64>, other: Option<f64>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.max(other)),
+            (one, other) => one.or(other),
+        };
+        [0, 1].map(|share| slower(self.first_byte[share], self.round_trip[share]))
+    }
 }
 
 /// A pool.
@@ -212,12 +229,14 @@ fn rates(value: &Value) -> Rates {
         failures: value["failures_per_s"].as_f64(),
         bytes_in: value["bytes_in_per_s"].as_f64(),
         bytes_out: value["bytes_out_per_s"].as_f64(),
+        datagrams_in: value["datagrams_in_per_s"].as_f64(),
+        datagrams_out: value["datagrams_out_per_s"].as_f64(),
     }
 }
 
 fn latency(value: &Value) -> Latency {
     let both = |kind: &str| ["p50", "p99"].map(|name| value[kind]["last_minute"][name].as_f64());
-    Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms") }
+    Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms"), round_trip: both("round_trip_ms") }
 }
 
 fn problem(model: &Model, value: &Value) -> Problem {

@@ -115,6 +115,31 @@ fn fits_a_terminal_of_80_by_24() {
     insta::assert_snapshot!("two_down", shown(&model, &view, 80, 24));
 }
 
+/// A DNS pool behind a listener of both: what it asks over UDP is much more.
+fn dns() -> Value {
+    let mut status = status();
+    status["rates"]["datagrams_in_per_s"] = json!(5200.0);
+    status["rates"]["datagrams_out_per_s"] = json!(5150.4);
+    let mut one = upstream("10.0.0.53:53", "healthy", "answered in 0.4 ms", "enabled", 5200.0);
+    one["latency"] = json!({ "round_trip_ms": { "last_minute": { "count": 9, "p50": 0.31, "p99": 12.4 } } });
+    let mut both = upstream("10.0.0.54:53", "healthy", "answered in 0.5 ms", "enabled", 40.0);
+    both["latency"]["round_trip_ms"] = json!({ "last_minute": { "count": 9, "p50": 0.2, "p99": 800.0 } });
+    status["pools"]["resolvers"] = json!({ "usable": true, "upstreams": [one, both] });
+    status
+}
+
+#[test]
+fn sessions_stand_in_the_same_table() {
+    let model = Model::of_status(&dns());
+    let mut view = View::default();
+    press(&mut view, &model, "/resolvers\n");
+    insta::assert_snapshot!("udp", shown(&model, &view, 120, 20));
+    press(&mut view, &model, "j");
+    insta::assert_snapshot!("udp_details", shown(&model, &view, 120, 20));
+    press(&mut view, &model, "j");
+    insta::assert_snapshot!("udp_and_tcp_details", shown(&model, &view, 120, 20));
+}
+
 #[test]
 fn a_wider_terminal_shows_more() {
     let model = Model::of_status(&status());

@@ -38,7 +38,7 @@ pub enum Sort {
     Open,
     /// Most new connections first.
     New,
-    /// Slowest first byte first.
+    /// Slowest answer first.
     Slow,
     /// Most failing first.
     Failed,
@@ -126,7 +126,7 @@ impl Sort {
             Sort::State => "state",
             Sort::Open => "open",
             Sort::New => "new",
-            Sort::Slow => "first byte",
+            Sort::Slow => "answer",
             Sort::Failed => "failed",
         }
     }
@@ -149,7 +149,7 @@ impl Sort {
             Sort::State => 3.0,
             Sort::Open => most(numbers.open.map(|open| open as f64)),
             Sort::New => most(numbers.rates.connections),
-            Sort::Slow => most(numbers.latency.first_byte[1]),
+            Sort::Slow => most(numbers.latency.answer()[1]),
             Sort::Failed => {
                 most(numbers.rates.failures) * 1e9 + most(numbers.connect_failures.map(|count| count as f64))
             }

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::group::{Piece, pieces, run};
-use super::session::{lower_segment_max, reason_of};
+use super::session::{OUT, lower_segment_max, reason_of};
 use super::{Buffers, Core, Udp, of_number};
 use crate::net::datagram::BATCH_MAX;
 use crate::net::datagram::outbox::{Next, Route};
@@ -73,6 +73,7 @@ impl Udp {
         match batch.receive(&session.link.socket, session.burst) {
             Ok(count) => {
                 session.burst = if count == session.burst { BATCH_MAX } else { BURST_MIN };
+                session.replied(&self.shared, now);
                 let start = replies.pieces.len();
                 for place in first..batch.len() {
                     replies.pieces.extend(pieces(place, batch.bytes(place).len(), batch.segment(place)));
@@ -125,6 +126,7 @@ impl Udp {
             drops[reason_of(&refused.error) as usize] += lost.len();
             Next::Skip
         });
+        core.segmented[OUT] += outbox.take_segmented();
         for reason in DropReason::ALL {
             core.dropped(*reason, drops[*reason as usize], now);
         }

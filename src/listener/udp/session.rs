@@ -1,26 +1,24 @@
 //! One UDP session: its socket to the upstream, its header, what it has carried, and the record of its end.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
-
-use ulid::Ulid;
 
 use super::group::{Piece, run};
 use crate::address::Address;
 use crate::config::{HeaderFormat, LogConnections, UdpHeader};
 use crate::connection::Shared;
+use crate::connection::measured::{ROUND_TRIP, SESSION};
+use crate::connection::session::{Carried, SessionEntry};
 use crate::drain::OpenConnection;
 use crate::log::{self, ConnectionLine};
-use crate::net::canonical;
 use crate::net::datagram::outbox::{Failure, Next, Outbox, Route};
 use crate::net::datagram::{self, Batch, Source};
 use crate::pool::{Lease, UpstreamLife};
 use crate::sessions::Ends;
-use crate::snapshot::ListenerLife;
 use crate::termination::{DropReason, Termination};
 
 /// From the client to the upstream.
@@ -30,14 +28,14 @@ pub const OUT: usize = 1;
 
 /// One client's exchange with one upstream at a time.
 pub struct Session {
+    /// Who it is, and what others may see of it.
+    pub entry: Rc<SessionEntry>,
     /// Tells it from others that had its slot.
     pub generation: u32,
     /// Who, and where to.
     pub ends: Ends,
     /// From where replies come; `None`: the listening socket has one address.
     pub answer_from: Option<Source>,
-    /// Where it counts.
-    pub life: Arc<ListenerLife>,
     /// Its upstream.
     pub link: Link,
     /// The first datagram, until the upstream has answered.
@@ -60,16 +58,12 @@ pub struct Session {
     pub bytes: [u64; 2],
     /// Sockets opened for it: more than 1 if it was moved.
     pub attempts: u32,
-    /// When it began.
-    pub started: Instant,
     /// From its begin to the first reply.
     pub first_reply: Option<Duration>,
+    /// When the first datagram was passed on that has no reply yet.
+    pub asked: Option<Instant>,
     /// Where it counts as one of its source's.
     pub in_source: bool,
-    /// Its ULID.
-    pub id: Ulid,
-    /// The address that the client wrote to.
-    pub local: SocketAddr,
     /// What of the above the shared counters have already: datagrams, bytes, headers.
     pub folded: ([u64; 2], [u64; 2], u64),
     /// One of the process's open connections.
@@ -96,6 +90,10 @@ pub struct Link {
     pub headers: u64,
     /// The longest payload that the path takes in one packet, once it was asked for.
     pub packet_max: Option<usize>,
+    /// Does the tap have its header?
+    pub tapped: bool,
+    /// Where its durations were measured last.
+    pub place: usize,
 }
 
 /// What is needed to begin again with another upstream.
@@ -137,6 +135,7 @@ pub fn reason_of(error: &io::Error) -> DropReason {
         Some(libc::EAGAIN | libc::ENOBUFS) => DropReason::QueueFull,
         Some(libc::ECONNREFUSED) => DropReason::Refused,
         Some(libc::ENOMEM) => DropReason::LocalResources,
+        Some(libc::EPERM | libc::EACCES) => DropReason::Forbidden,
         _ => DropReason::Unreachable,
     }
 }
@@ -242,11 +241,50 @@ impl Session {
         failure.map_or(Ok(()), Err)
     }
 
+    /// Takes note of datagrams that the upstream was sent just now.
+    pub fn passed_on(&mut self, shared: &Shared, now: Instant) {
+        self.asked.get_or_insert(now);
+        if !self.link.tapped {
+            self.tap(shared);
+        }
+    }
+
+    /// Remembers the header that the upstream was sent.
+    pub fn tap(&mut self, shared: &Shared) {
+        self.link.tapped = true;
+        if shared.is_followed() {
+            self.publish();
+        }
+        shared.tap_session(&self.entry, &self.link.header);
+    }
+
+    /// Takes note of a reply of the upstream: how long the client has waited for it.
+    pub fn replied(&mut self, shared: &Shared, now: Instant) {
+        let Some(asked) = self.asked.take() else { return };
+        let Link { lease, pool, place, .. } = &mut self.link;
+        shared.measure(place, pool, lease.life(), ROUND_TRIP, now.duration_since(asked));
+    }
+
     /// Takes note of replies that reached the client's side.
     pub fn count_replies(&mut self, count: u64, bytes: u64, now: Instant) {
         self.datagrams[OUT] += count;
         self.bytes[OUT] += bytes;
-        self.first_reply.get_or_insert_with(|| now.duration_since(self.started));
+        self.first_reply.get_or_insert_with(|| now.duration_since(self.entry.started));
+    }
+
+    /// Shows others what it has carried until now.
+    pub fn publish(&self) {
+        let carried = Carried { datagrams: self.datagrams, bytes: self.bytes, first_reply: self.first_reply };
+        self.entry.publish(Arc::clone(&self.link.pool), self.link.life().address.clone(), carried);
+    }
+
+    /// The cause of its end if it ends because nothing more is heard.
+    pub fn silence(&self) -> Termination {
+        match self.failed {
+            Some(DropReason::Refused) => Termination::UpstreamRefused,
+            Some(_) => Termination::UpstreamUnreachable,
+            None => Termination::IdleTimeout,
+        }
     }
 
     /// Has each datagram of the client had its replies?
@@ -258,32 +296,40 @@ impl Session {
     /// Adds what was carried since the last call to the counters of listener and upstream.
     pub fn fold(&mut self) {
         let (datagrams, bytes, headers) = &mut self.folded;
-        let counters = &self.life.sessions;
+        let counters = &self.entry.listener.sessions;
         for direction in [IN, OUT] {
             let more =
                 self.datagrams[direction] - std::mem::replace(&mut datagrams[direction], self.datagrams[direction]);
             if more == 0 {
                 continue;
             }
+            let upstream = &self.link.lease.life().counters;
             counters.datagrams[direction].fetch_add(more, Relaxed);
+            upstream.datagrams[direction].fetch_add(more, Relaxed);
             let more = self.bytes[direction] - std::mem::replace(&mut bytes[direction], self.bytes[direction]);
             counters.bytes[direction].fetch_add(more, Relaxed);
-            let upstream = &self.link.lease.life().counters;
             [&upstream.bytes_in, &upstream.bytes_out][direction].fetch_add(more, Relaxed);
         }
         if let Some(format) = self.link.format {
             let more = self.link.headers - std::mem::replace(headers, self.link.headers);
-            self.life.headers[format as usize].fetch_add(more, Relaxed);
+            self.entry.listener.headers[format as usize].fetch_add(more, Relaxed);
         }
     }
 
     /// Counts and logs the end.
     pub fn end(mut self, shared: &Shared, termination: Termination) {
         self.fold();
-        let counters = &self.life.sessions;
-        counters.ends[termination as usize].fetch_add(1, Relaxed);
-        let client = canonical(self.ends.client);
-        self.life.leave_session(self.in_source.then_some(client.ip()));
+        let listener = &self.entry.listener;
+        let duration = self.entry.started.elapsed();
+        listener.sessions.ends[termination as usize].fetch_add(1, Relaxed);
+        listener.leave_session(self.in_source.then_some(self.entry.client.ip()));
+        if Rc::strong_count(&self.entry) > 1 {
+            // The tap has it.
+            self.publish();
+            self.entry.ended(termination, duration);
+        }
+        let Link { lease, pool, place, .. } = &mut self.link;
+        shared.measure(place, pool, lease.life(), SESSION, duration);
         let wanted = shared.with_snapshot(|snapshot| match snapshot.log_connections {
             Some(LogConnections::Off) => false,
             Some(LogConnections::Errors) => !termination.is_regular_for_session(),
@@ -291,19 +337,20 @@ impl Session {
         });
         // Who gives way in a flood had one datagram: a line for each would be a line for each packet.
         if wanted && termination != Termination::Displaced {
-            self.log(shared, client, termination);
+            self.log(shared, duration, termination);
         }
         // The process may end with the last one: only after its line.
         drop(self.open);
     }
 
-    fn log(&self, shared: &Shared, client: SocketAddr, end: Termination) {
+    fn log(&self, shared: &Shared, duration: Duration, end: Termination) {
+        let entry = &self.entry;
         let line = ConnectionLine {
             time: SystemTime::now(),
-            id: &self.id.to_string(),
-            listener: &self.life.name,
-            client: client.into(),
-            local: Some(&Address::Ip(self.local)),
+            id: &entry.id.to_string(),
+            listener: &entry.listener.name,
+            client: entry.client.into(),
+            local: Some(&Address::Ip(entry.local)),
             pool: Some(&self.link.pool),
             upstream: Some(&self.link.life().address),
             header: Some(self.link.format.map_or("off", HeaderFormat::as_str)),
@@ -311,7 +358,7 @@ impl Session {
             bytes_out: self.bytes[OUT],
             connect: None,
             first_byte: self.first_reply,
-            duration: self.started.elapsed(),
+            duration,
             attempts: self.attempts,
             end,
         };

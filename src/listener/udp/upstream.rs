@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ulid::Ulid;
 
-use super::session::{Link, Session};
+use super::session::{Link, Session, reason_of};
 use super::{Core, Udp, number};
 use crate::address::Address;
 use crate::connection::{count_failure, next_source};
@@ -68,10 +68,15 @@ impl Udp {
                         first: true,
                         headers: 0,
                         packet_max: None,
+                        tapped: false,
+                        place: 0,
                     };
                     return Ok((link, attempts));
                 }
-                Err(error) if is_local(&error) => return Err(DropReason::LocalResources),
+                Err(error) if is_local(&error) => {
+                    let forbidden = reason_of(&error) == DropReason::Forbidden;
+                    return Err(if forbidden { DropReason::Forbidden } else { DropReason::LocalResources });
+                }
                 Err(error) => {
                     tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
                     count_failure(&self.shared, pool, &life);
@@ -155,11 +160,11 @@ impl Udp {
     ) -> bool {
         let listener = Arc::clone(&core.listener);
         let Some(session) = core.sessions[slot].as_mut() else { return false };
-        let client = crate::net::canonical(session.ends.client);
-        let (link, attempts) = match self.link(&listener, (client, session.local, &session.id), tried) {
+        let entry = &session.entry;
+        let (link, attempts) = match self.link(&listener, (entry.client, entry.local, &entry.id), tried) {
             Ok(linked) => linked,
-            Err(DropReason::LocalResources) => {
-                core.dropped(DropReason::LocalResources, 1, now);
+            Err(reason @ (DropReason::LocalResources | DropReason::Forbidden)) => {
+                core.dropped(reason, 1, now);
                 return false;
             }
             Err(_) => return false,
@@ -170,9 +175,11 @@ impl Udp {
             return false;
         }
         session.replace_link(link, core.generation, attempts);
-        session.life.sessions.moved[why as usize].fetch_add(1, Relaxed);
+        session.entry.listener.sessions.moved[why as usize].fetch_add(1, Relaxed);
         // An error that comes back at once is found by the next send.
-        let _ = session.send_retained(outbox);
+        if session.retained.is_some() && session.send_retained(outbox).is_ok() {
+            session.tap(&self.shared);
+        }
         true
     }
 }

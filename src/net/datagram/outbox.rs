@@ -20,6 +20,7 @@ pub struct Outbox {
     names: Vec<SocketAddrBytes>,
     controls: Vec<Control>,
     headers: Vec<libc::mmsghdr>,
+    segmented: u64,
 }
 
 /// A sockaddr_in or sockaddr_in6.
@@ -81,6 +82,11 @@ pub struct Sending<'o, 'd> {
 }
 
 impl Outbox {
+    /// Datagrams that left as segments of a larger send, since this was asked last.
+    pub fn take_segmented(&mut self) -> u64 {
+        mem::take(&mut self.segmented)
+    }
+
     /// Begins a batch.
     pub fn begin<'d>(&mut self) -> Sending<'_, 'd> {
         self.iovecs.clear();
@@ -127,7 +133,10 @@ impl<'d> Sending<'_, 'd> {
         while at < outbox.messages.len() {
             match outbox.transmit(socket, at) {
                 Ok(count) => {
-                    done += outbox.messages[at..at + count].iter().map(|message| message.datagrams).sum::<usize>();
+                    for message in &outbox.messages[at..at + count] {
+                        done += message.datagrams;
+                        outbox.segmented += if message.segment > 0 { message.datagrams as u64 } else { 0 };
+                    }
                     at += count;
                 }
                 Err(error) => {
