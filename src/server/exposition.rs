@@ -54,6 +54,7 @@ impl State {
             .collect();
         self.pool_families(&mut families, &snapshot);
         self.upstream_families(&mut families, &upstreams);
+        self.upstream_states(&mut families, &upstreams);
         self.time_families(&mut families, &upstreams);
         self.check_families(&mut families, &upstreams);
         families.into_text()
@@ -313,6 +314,9 @@ impl State {
                 datagrams.sample(&labels, count.load(Relaxed));
             }
         }
+    }
+
+    fn upstream_states(&self, families: &mut Families, upstreams: &[Labelled]) {
         let mut rejected = families.counter(
             "preface_headers_rejected_total",
             "Connections that looked as if the upstream had not taken the header, or had missed one.",
