@@ -22,9 +22,9 @@ fn udp(upstream: SocketAddr) -> (Rc<Udp>, SocketAddr) {
         "[listeners.dns]\nbind = \"{bound}\"\nprotocol = \"udp\"\npool = \"p\"\n[pools.p]\nupstreams = [\"{upstream}\"]\n"
     );
     let config = config::parse("test.toml", &text).unwrap().config;
-    let keys = config.listeners.values().flat_map(|listener| snapshot::socket_keys(listener, true));
-    let slots = keys.enumerate().map(|(slot, key)| (key, slot)).collect();
-    let mut inputs = Inputs { slots, connections_max: 100, ports: 100, ..Inputs::default() };
+    let mut inputs = Inputs { has_ipv6: true, connections_max: 100, ports: 100, ..Inputs::default() };
+    let keys = config.listeners.values().flat_map(|listener| snapshot::socket_keys(listener, &inputs));
+    inputs.slots = keys.enumerate().map(|(slot, key)| (key, slot)).collect();
     let snapshot = snapshot::build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
     let listener = Arc::clone(&snapshot.slots[&0]);
     let output = tempfile::tempfile().unwrap();
