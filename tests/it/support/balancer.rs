@@ -54,7 +54,9 @@ impl Balancer {
         let config = complete(config, directory.path(), &mut ports);
         std::fs::write(&file, config).expect("the configuration is written");
         command.arg("run").arg("--config").arg(&file).env("RUNTIME_DIRECTORY", directory.path());
-        for variable in ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS"] {
+        for variable in
+            ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"]
+        {
             command.env_remove(variable);
         }
         let process = Process::start(&mut command);
