@@ -1,6 +1,7 @@
 //! The immutable view of everything that the data path reads, and how the next one is built from the last.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -368,6 +369,17 @@ impl SocketKey {
     /// The port of that address.
     pub fn port(&self) -> Option<u16> {
         self.ip().map(|address| address.port())
+    }
+}
+
+impl fmt::Display for SocketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = self.protocol.as_str();
+        match &self.at {
+            At::Ip { address, v6only } => write!(f, "{protocol} {address}{}", if *v6only { " v6only" } else { "" }),
+            At::Unix(path) => write!(f, "{protocol} unix:{}", path.display()),
+            At::Inherited { name, index } => write!(f, "{protocol} fd:{name} {index}"),
+        }
     }
 }
 

@@ -28,10 +28,10 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 pub use guard::{Access, read_token};
-pub use listener::{Listener, bind};
+pub use listener::{Listener, adopt, bind};
 
 use crate::control::probes::Probes;
-use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped};
+use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped, UpgradeOutcome};
 use crate::metrics;
 use crate::pool::AdminState;
 use events::Events;
@@ -82,6 +82,7 @@ GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the h
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
+POST /upgrade    start the program again and hand it every listener; connections stay
 POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
 POST /pools/POOL/disable                         nothing new; open connections are reset
 POST /pools/POOL/enable                          as configured
@@ -116,7 +117,8 @@ pub enum Scope {
 }
 
 /// Serve until `stop`; then answers under way have a second.
-pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = ()>) {
+pub async fn serve(listener: impl Into<Arc<Listener>>, state: State, stop: impl Future<Output = ()>) {
+    let listener = listener.into();
     let events = Events::new(state.control.clone());
     let service = TowerToHyperService::new(router(state, events.clone(), listener.reach()));
     let (stopping, stopped) = watch::channel(());
@@ -191,6 +193,7 @@ fn router(state: State, events: Events, reach: Reach) -> Router {
                 .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
             let mutations = Router::new()
                 .route("/reload", post(reload))
+                .route("/upgrade", post(upgrade))
                 .route("/log", post(look::set_log_level))
                 .route("/connections/{id}", delete(look::end_connection))
                 .route("/pools/{pool}/{order}", post(order_pool))
@@ -273,6 +276,15 @@ async fn reload(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
         ReloadOutcome::Refused => StatusCode::UNPROCESSABLE_ENTITY,
     };
     Ok(pretty(status, &serde_json::to_value(&*report).expect("a report has string keys only")))
+}
+
+async fn upgrade(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let report = answer(server.state.control.upgrade()).await?;
+    let status = match report.outcome {
+        UpgradeOutcome::Upgraded => StatusCode::OK,
+        UpgradeOutcome::Failed => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    Ok(pretty(status, &serde_json::to_value(&report).expect("a report has string keys only")))
 }
 
 #[derive(Debug, serde::Deserialize)]

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Mode;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -17,13 +18,20 @@ const MODE: u32 = 0o660;
 pub struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
+    owned: AtomicBool,
 }
 
 impl SocketFile {
     /// The file that stands at this path now.
     pub fn of(path: &Path) -> io::Result<SocketFile> {
         let metadata = fs::symlink_metadata(path)?;
-        Ok(SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) })
+        let device_and_inode = (metadata.dev(), metadata.ino());
+        Ok(SocketFile { path: path.to_owned(), device_and_inode, owned: AtomicBool::new(true) })
+    }
+
+    /// Does the file go away with this, or is it another process's, which has the socket, too?
+    pub fn set_owned(&self, owned: bool) {
+        self.owned.store(owned, Ordering::Relaxed);
     }
 
     /// Where it is.
@@ -34,6 +42,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if !self.owned.load(Ordering::Relaxed) {
+            return;
+        }
         // The next process may have put its own socket there already.
         let is_ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode;
         if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
@@ -59,6 +70,11 @@ pub fn bind(path: &Path) -> io::Result<(Socket, SocketFile)> {
     let file = SocketFile::of(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
     Ok((socket, file))
+}
+
+/// Is there a socket's file?
+pub fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())
 }
 
 /// Removes the file of a process that is gone. Only a refused connection proves that; what is no socket is never removed.

@@ -15,7 +15,7 @@ use balance::Candidate;
 pub use life::{Lease, UpstreamLife};
 
 /// What checks observed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Health {
     /// Not checked yet.
@@ -38,7 +38,7 @@ impl Health {
 }
 
 /// What the operator ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdminState {
     /// As configured.

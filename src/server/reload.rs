@@ -14,9 +14,8 @@ use crate::admin::guard::Access;
 use crate::config::error::Style;
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
-use crate::net::datagram;
 use crate::net::limits;
-use crate::net::listen::{self, BindOptions};
+use crate::net::listen;
 use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
@@ -43,7 +42,7 @@ const CLOSING_MAX: Duration = Duration::from_secs(1);
 const SETTING_MAX: Duration = Duration::from_millis(200);
 
 /// An address that a reload has bound and nobody can connect to yet.
-struct Bound {
+pub struct Bound {
     key: SocketKey,
     address: Address,
     /// One for each worker, or the one of which it has one.
@@ -55,6 +54,9 @@ impl State {
     /// Loads this content in place of what runs, and reports what came of it.
     pub async fn reload(&mut self, trigger: ReloadTrigger, content: Result<Vec<u8>, String>) -> Arc<ReloadReport> {
         let begun = Instant::now();
+        if !self.stopping {
+            self.notifier.reloading();
+        }
         let mut report = ReloadReport {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             trigger: trigger.as_str(),
@@ -89,13 +91,22 @@ impl State {
         log_report(&report);
         let report = Arc::new(report);
         self.remember(Arc::clone(&report));
+        if !self.stopping {
+            self.notify_ready();
+        }
         report
     }
 
     /// Puts a configuration in force, or says why it can't be; then nothing has changed.
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
-        let mut bound = self.bind(&new)?;
+        let bound = self.bind(&new)?;
+        self.put_in_force(new, bound).await;
+        Ok(())
+    }
+
+    /// Everything that can fail has succeeded.
+    pub async fn put_in_force(&mut self, new: Config, mut bound: Vec<Bound>) {
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
         for bound in &mut bound {
@@ -132,7 +143,6 @@ impl State {
             self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
-        Ok(())
     }
 
     /// The limit for all listeners together.
@@ -159,7 +169,7 @@ impl State {
     }
 
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
-    fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
+    pub fn bind(&mut self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
         let mut errors = self.inherited_errors(new);
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
@@ -167,21 +177,8 @@ impl State {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
-            let listener = &new.listeners[&name];
-            let made = match &key.at {
-                At::Ip { address, v6only } => {
-                    let options = BindOptions { address: *address, v6only: *v6only, keepalive: listener.keepalive };
-                    let sockets = self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other)));
-                    sockets.map(|sockets| (sockets, Address::Ip(*address), None))
-                }
-                At::Unix(path) => {
-                    let made = self.bind_unix(path);
-                    made.map(|(sockets, file)| (sockets, Address::Unix(Arc::clone(path)), Some(file)))
-                }
-                At::Inherited { index, .. } => {
-                    self.adopt(listener, *index).map(|(sockets, address)| (sockets, address, None))
-                }
-            };
+            let shared = own.iter().any(|other| shares(&key, other));
+            let made = self.make_sockets(&key, &new.listeners[&name], shared);
             match made {
                 Ok((sockets, address, file)) => {
                     own.insert(key.clone());
@@ -191,24 +188,6 @@ impl State {
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
-    }
-
-    /// A socket for each worker. Where the address is `shared` with one of our own, a probe would see ourselves.
-    fn bind_ip(&self, protocol: Protocol, options: &BindOptions, shared: bool) -> std::io::Result<Vec<Socket>> {
-        match protocol {
-            Protocol::Tcp => {
-                if !shared {
-                    listen::probe(options)?;
-                }
-                listen::bind(options, self.workers.len())
-            }
-            Protocol::Udp => {
-                if !shared {
-                    datagram::probe(options)?;
-                }
-                datagram::bind(options, self.workers.len())
-            }
-        }
     }
 
     /// Moves what outlives a reload to its new names, and sees to what left and what joined.
