@@ -6,8 +6,11 @@ mod exposition;
 mod history;
 mod look;
 mod notify;
+mod problems;
 mod reload;
+mod slowness;
 mod sockets;
+pub mod speed;
 mod state;
 mod status;
 mod suspicion;
@@ -41,6 +44,7 @@ use crate::worker::{Message, Place, Worker};
 use admin_side::AdminSide;
 use history::History;
 use notify::Notifier;
+use slowness::SlowUpstreams;
 use state::{LogLevel, State};
 use upgrade::{Predecessor, Program, Taken};
 use watch::{ContentHash, Watch};
@@ -180,6 +184,7 @@ fn start_state(
         socket_files: HashMap::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
+        slow: SlowUpstreams::new(Instant::now()),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         spare: Vec::new(),

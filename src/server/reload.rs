@@ -198,6 +198,7 @@ impl State {
         self.history.rename(&renamed);
         let mut inherited = HashSet::new();
         for (new_name, old_name) in &renamed {
+            self.slow.rename(new_name, old_name);
             for key in new_keys.iter().filter(|key| key.pool == *new_name) {
                 let before = UpstreamKey { pool: old_name.clone(), address: key.address.clone() };
                 inherited.insert(before.clone());

@@ -26,6 +26,7 @@ use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
 use crate::server::notify::Notifier;
+use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
 use crate::server::upgrade::{Predecessor, Program, Upgrade};
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
@@ -128,6 +129,8 @@ pub struct State {
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
     pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
+    /// Upstreams that have slowed.
+    pub slow: SlowUpstreams,
     /// What is logged.
     pub log_level: LogLevel,
     /// What was measured, by time.
@@ -458,6 +461,7 @@ impl State {
         }
         self.history.add_checks(&self.checkers);
         self.look_at_rejections();
+        self.look_at_speed();
         answered
     }
 

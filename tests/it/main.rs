@@ -13,6 +13,7 @@ mod config;
 mod dns;
 mod doctor;
 mod exchange;
+mod faults;
 mod fast_open;
 mod hostile;
 mod hostile_udp;

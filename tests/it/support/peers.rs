@@ -20,7 +20,7 @@ pub struct Seen {
 
 /// A running nginx; see `tests/peers/nginx.conf`.
 pub struct Nginx {
-    _process: Process,
+    process: Process,
     directory: TempDir,
     /// HTTP that requires a header, on 127.0.0.1 and ::1.
     pub headers: u16,
@@ -57,7 +57,7 @@ pub fn nginx() -> Nginx {
     let mut command = Command::new(program("nginx"));
     command.arg("-p").arg(&dir).arg("-c").arg(&file).arg("-e").arg(directory.path().join("error.log"));
     let process = Process::start(&mut command);
-    let nginx = Nginx { _process: process, directory, headers, plain, stream, websocket };
+    let nginx = Nginx { process, directory, headers, plain, stream, websocket };
     wait_until_listening("nginx", plain);
     nginx
 }
@@ -88,6 +88,15 @@ impl Nginx {
     pub fn plain_requests(&self) -> Vec<String> {
         // The first one was the question whether it listens.
         self.lines("plain.log").into_iter().skip(1).collect()
+    }
+
+    /// What an operator does by mistake: the server that required a header takes none from now on.
+    #[track_caller]
+    pub fn take_no_header(&self) {
+        let file = self.directory.path().join("nginx.conf");
+        let text = std::fs::read_to_string(&file).expect("the configuration is there");
+        std::fs::write(&file, text.replace(" proxy_protocol backlog", " backlog")).expect("it is written");
+        self.process.signal(rustix::process::Signal::HUP);
     }
 
     /// Everything in the error log that is worse than a notice.
