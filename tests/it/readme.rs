@@ -112,7 +112,14 @@ fn links_and_paths_exist() {
             None => assert!(root.join(target).exists(), "{target} does not exist"),
         }
     }
-    for path in ["config/preface.toml", "deploy/docker/Dockerfile", "deploy/kubernetes/preface.yaml", "tests/run"] {
+    for path in [
+        "config/preface.toml",
+        "deploy/docker/Dockerfile",
+        "deploy/kubernetes/preface.yaml",
+        "deploy/debian/build",
+        "deploy/systemd/preface.socket",
+        "tests/run",
+    ] {
         assert!(README.contains(path), "the README no longer names {path}: take it out of this test");
         assert!(root.join(path).exists(), "{path} does not exist");
     }
