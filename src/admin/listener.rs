@@ -51,7 +51,7 @@ pub fn bind(bind: &AdminBind) -> io::Result<Listener> {
 
 fn explain(error: io::Error, what: &str, when_in_use: &str) -> io::Error {
     let next = match error.kind() {
-        io::ErrorKind::AddrInUse => when_in_use,
+        io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists => when_in_use,
         io::ErrorKind::PermissionDenied => "choose a place where this user may bind",
         io::ErrorKind::NotFound => "make its directory first",
         io::ErrorKind::AddrNotAvailable => "use an address of this machine",

@@ -57,6 +57,9 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(30);
 /// Answers under way when the server stops have this long.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A request may be on its way over a connection that is only just open: it is answered within this long after a stop.
+const LAST_REQUESTS: Duration = Duration::from_millis(300);
+
 /// The control thread has this long for an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -163,7 +166,13 @@ async fn serve_connection(
     tokio::select! {
         _ = connection.as_mut() => return,
         () = sleep(CONNECTION_AGE_MAX) => {}
-        _ = stopped.changed() => {}
+        // Closed at once, a connection would be reset under the first bytes of its request. A new process that takes this
+        // one's place listens at the same address: nobody must notice.
+        _ = stopped.changed() => {
+            if timeout(LAST_REQUESTS, connection.as_mut()).await.is_ok() {
+                return;
+            }
+        }
     }
     connection.as_mut().graceful_shutdown();
     let _ = timeout(FINISH_TIMEOUT, connection).await;

@@ -54,7 +54,7 @@ impl Drop for SocketFile {
 }
 
 /// Binds a path, for its owner and group alone. Nobody can connect before the socket listens. A stale file is replaced;
-/// one that somebody listens on, and what is no socket, are errors of the kind `AddrInUse`.
+/// one that somebody listens on is an error of the kind `AddrInUse`, and what is no socket one of `AlreadyExists`.
 pub fn bind(path: &Path) -> io::Result<(Socket, SocketFile)> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
     // The file inherits the socket's own mode, less the umask: so it never has more than it should.
@@ -79,12 +79,12 @@ pub fn is_socket(path: &Path) -> bool {
 
 /// Removes the file of a process that is gone. Only a refused connection proves that; what is no socket is never removed.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    let in_use = |what| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
+    let other = |what| Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
     let kind = fs::symlink_metadata(path)?.file_type();
     match () {
         () if kind.is_socket() => {}
-        () if kind.is_dir() => return in_use("it is a directory"),
-        () => return in_use("the file exists and is not a socket"),
+        () if kind.is_dir() => return other("it is a directory"),
+        () => return other("the file exists and is not a socket"),
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // A live listener with a full backlog would block us; like this it says EAGAIN.
@@ -92,7 +92,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     match socket.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
-        _ => in_use("another process listens there"),
+        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
     }
 }
 

@@ -372,6 +372,7 @@ fn unix_error(name: &str, path: &Path, error: &std::io::Error) -> String {
     let path = path.display();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => format!("see who has it: ss -xlp src {path}; or choose another path"),
+        std::io::ErrorKind::AlreadyExists => "choose another path, or move it away".to_owned(),
         std::io::ErrorKind::PermissionDenied => "let the user that runs preface write to its directory".to_owned(),
         std::io::ErrorKind::NotFound => "make its directory first".to_owned(),
         _ => "see the system's message".to_owned(),

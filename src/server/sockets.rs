@@ -193,7 +193,7 @@ fn unfit(listener: &Listener, sockets: &[&InheritedSocket]) -> Vec<String> {
         let fits = |socket: &&InheritedSocket| {
             matches!(socket.kind, Kind::Neither(_)) || snapshot::serves(&socket.kind, *protocol)
         };
-        if sockets.is_empty() || sockets.iter().any(|socket| fits(socket)) {
+        if sockets.is_empty() || sockets.iter().any(fits) {
             continue;
         }
         let (key, other) = match protocol {
@@ -202,7 +202,7 @@ fn unfit(listener: &Listener, sockets: &[&InheritedSocket]) -> Vec<String> {
         };
         let kinds = kinds.join(", ");
         reasons.push(format!(
-            "which is {kinds}, and serves {protocol}: write {key} in the socket unit, or protocol = \"{other}\" here"
+            "which is {kinds}, and the listener serves {protocol}: write {key} in the socket unit, or protocol = \"{other}\" here"
         ));
     }
     reasons

@@ -481,26 +481,30 @@ fn the_package_installs_starts_reloads_upgrades_and_goes() {
     assert!(state.0.success(), "{}", state.1);
 
     // A new version: what was changed stays, and the running process takes the new file.
+    upgrade_by_package(&system, &manager, &own);
+    assert_eq!(service.wait_exit().code(), Some(0));
+    system.dpkg(&["--remove", "preface"]);
+    assert!(!system.path("usr/bin/preface").exists());
+    assert_eq!(system.read("etc/preface/preface.toml"), own, "it is the operator's");
+    system.dpkg(&["--purge", "preface"]);
+    assert!(!system.path("etc/preface/preface.toml").exists());
+}
+
+/// Installs a newer version over the running one, and ends what serves then.
+#[track_caller]
+fn upgrade_by_package(system: &System, manager: &Manager, own: &str) {
     let newer = Package::build("0.2.0-1");
     system.dpkg(&["--install", &newer.file().display().to_string()]);
     assert_eq!(system.read("etc/preface/preface.toml"), own);
     let mut upgrade = Command::new(system.path("usr/bin/preface"));
     let (status, output) = Process::run(upgrade.arg("upgrade").env("RUNTIME_DIRECTORY", system.path("run/preface")));
     assert!(status.success(), "{output}");
-    assert_eq!(service.wait_exit().code(), Some(0));
     let main = loop {
         if let Some(id) = manager.next().strip_prefix("MAINPID=") {
             break Pid::from_raw(id.parse().unwrap()).unwrap();
         }
     };
     assert!(manager.next().starts_with("READY=1\n"));
-    crate::load::connect_and_exchange(([127, 0, 0, 1], port).into(), 2).unwrap();
     kill_process(main, Signal::TERM).unwrap();
     assert!(manager.next().starts_with("STOPPING=1\n"));
-
-    system.dpkg(&["--remove", "preface"]);
-    assert!(!system.path("usr/bin/preface").exists());
-    assert_eq!(system.read("etc/preface/preface.toml"), own, "it is the operator's");
-    system.dpkg(&["--purge", "preface"]);
-    assert!(!system.path("etc/preface/preface.toml").exists());
 }

@@ -1,9 +1,10 @@
 //! Upgrades of the running program: a new process takes its place, and nobody notices.
 
 use std::fs;
-use std::io::{ErrorKind, Read};
-use std::net::{SocketAddr, UdpSocket};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, UdpSocket};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -235,7 +236,7 @@ fn seven_upgrades_under_load_refuse_nobody() {
         "[runtime]\nworkers = 3\n[log]\nconnections = \"errors\"\n[admin]\nprobe_bind = \"127.0.0.1:{probe}\"\n\
          [listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"web\"\n\
          [listeners.page]\nbind = \":0\"\npool = \"page\"\n\
-         [listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"dns\"\n\
+         [listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\nidle_timeout = \"2s\"\npool = \"dns\"\n\
          [pools.web]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n\
          [pools.page]\nproxy_protocol = \"v2\"\nupstreams = [\"127.0.0.1:{}\"]\n\
          [pools.dns]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
@@ -637,6 +638,76 @@ fn a_tcp_admin_address_and_its_announcement_go_over() {
     kill_process(pid(third), Signal::TERM).unwrap();
     eventually("the third process ends", || (!is_running(third)).then_some(()));
     assert!(!announced.exists() && !socket.exists());
+}
+
+#[test]
+fn unix_sockets_and_those_of_systemd_go_over() {
+    let (echo, port, place) = (Echo::start(), free_port(), tempfile::tempdir().unwrap());
+    let path = place.path().join("web.sock");
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let activate = |directory: &Path| {
+        let mut command = Command::new(program("systemd-socket-activate"));
+        command.arg("--listen").arg(at.to_string()).args(["--fdname=web", "--setenv=RUNTIME_DIRECTORY"]);
+        command.arg(put_program(directory));
+        command
+    };
+    // It starts the program with the first connection.
+    let first = std::thread::spawn(move || eventually("somebody is served", || connect_and_exchange(at, 1).ok()));
+    let config = format!(
+        "[runtime]\nworkers = 2\n[listeners.local]\nbind = \"unix:{}\"\npool = \"web\"\n\
+         [listeners.web]\nbind = \"fd:web\"\npool = \"web\"\n\
+         [pools.web]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+        path.display(),
+        echo.address
+    );
+    let balancer = preface_by(activate, &config);
+    first.join().unwrap();
+    let (pids, others) = (vec![balancer.id()], Others::of(balancer.directory()));
+    let mut lb = Upgraded { balancer, pids, others };
+    let inode = |path: &Path| fs::symlink_metadata(path).unwrap().ino();
+    let (file, sockets) = (inode(&path), listening_beside("self", [port]));
+    assert_eq!(sockets[0].len(), 1);
+    let clients = Clients::start(&[at; 2], Refused::IsFailure, &Budget::unlimited());
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
+            let mut served = 0;
+            while !stop.load(Relaxed) {
+                let mut stream = UnixStream::connect(&path).expect("the socket has its file");
+                stream.write_all(b"question").unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                stream.read_to_end(&mut answer).expect("an answer");
+                assert_eq!(answer, b"question");
+                served += 1;
+            }
+            served
+        });
+        for workers in [3, 1, 2] {
+            clients.wait_for_more(50);
+            lb.balancer.rewrite_config(&config.replace("workers = 2", &format!("workers = {workers}")));
+            lb.upgrade();
+            assert_eq!((inode(&path), listening_beside("self", [port])), (file, sockets.clone()));
+        }
+        clients.wait_for_more(50);
+        stop.store(true, Relaxed);
+        assert!(neighbour.join().expect("everyone was served") > 0);
+    });
+    clients.stop();
+    assert!(echo.errors().is_empty(), "{:?}", echo.errors());
+    // An upgrade that fails leaves the file where it is.
+    put_script(lb.balancer.directory(), 0o755, "#!/bin/sh\nexit 1\n");
+    lb.fail();
+    fs::write(lb.balancer.config_file(), "nonsense").unwrap();
+    put_program(lb.balancer.directory());
+    lb.fail();
+    assert_eq!(inode(&path), file);
+    assert!(UnixStream::connect(&path).is_ok());
+    // The last one takes it away.
+    let serving = lb.serving();
+    kill_process(pid(serving), Signal::TERM).unwrap();
+    lb.wait_end(serving);
+    assert!(!path.exists());
 }
 
 /// A stray variable, or somebody's mistake, is no reason not to start.

@@ -64,7 +64,15 @@ impl Balancer {
         // What the test itself sets, stays.
         let set: Vec<OsString> =
             command.get_envs().filter_map(|(name, value)| value.map(|_| name.to_owned())).collect();
-        for variable in ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC"] {
+        for variable in [
+            "PREFACE_CONFIG",
+            "PREFACE_ADMIN",
+            "NOTIFY_SOCKET",
+            "LISTEN_FDS",
+            "LISTEN_PID",
+            "LISTEN_FDNAMES",
+            "WATCHDOG_USEC",
+        ] {
             if !set.iter().any(|name| name == variable) {
                 command.env_remove(variable);
             }
