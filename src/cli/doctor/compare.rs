@@ -8,7 +8,7 @@ use toml::de::DeTable;
 use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
-use crate::config::{Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs};
+use crate::config::{Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,10 @@ pub struct Target {
     pub address: SocketAddr,
     /// Who connects there.
     pub role: Role,
+    /// Over UDP.
+    pub is_datagram: bool,
+    /// Over UDP: the header has a datagram of its own.
+    pub header_alone: bool,
     /// The pool's first source address.
     pub source: Option<IpAddr>,
     /// What is asked.
@@ -46,6 +50,7 @@ impl Target {
     /// One examination will do for both.
     pub fn asks_the_same_as(&self, other: &Target) -> bool {
         self.address == other.address
+            && (self.is_datagram, self.header_alone) == (other.is_datagram, other.header_alone)
             && self.source == other.source
             && self.question == other.question
             && (self.configured.tlvs, &self.tlvs) == (other.configured.tlvs, &other.tlvs)
@@ -55,6 +60,7 @@ impl Target {
     pub fn describe_configured(&self) -> String {
         match (self.role, &self.configured.check) {
             (Role::Check, Some(check)) => format!("check: {}", sent_by(check, self.configured.version).name()),
+            _ if self.is_datagram => format!("udp: {}", self.configured.describe()),
             _ => self.configured.describe(),
         }
     }
@@ -114,36 +120,64 @@ impl Finding {
     }
 }
 
-/// Everything that preface would connect to, in the order of pools and upstreams.
+/// Everything that preface would connect or send to, in the order of pools and upstreams.
 pub fn targets(config: &Config) -> Vec<Target> {
     let mut found = Vec::new();
     for pool in config.pools.values() {
-        let listeners: Vec<_> = config.listeners.values().filter(|listener| listener.pool == pool.name).collect();
-        for (index, upstream) in pool.upstreams.iter().enumerate() {
-            let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
-            let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
-            let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).map(|bind| bind.address.port());
-            let ports: BTreeSet<u16> = upstream.port.map_or_else(|| of_listeners.collect(), |port| [port].into());
-            let check_port = pool.health_check.as_ref().and_then(|check| check.port);
-            let new = |port, role, check: Option<&HealthCheck>| {
-                let (question, guessed) = question(check, port);
-                let address = SocketAddr::new(upstream.ip, port);
-                let has_tlvs = tlvs != Tlvs::default();
-                let configured = Configured {
-                    version: upstream.proxy_protocol.and_then(HeaderFormat::version),
-                    tlvs: has_tlvs,
-                    check: check.cloned(),
-                };
-                let (pool, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
-                Target { pool, index, address, role, source, question, guessed, tlvs, configured }
-            };
-            for port in &ports {
-                let check = pool.health_check.as_ref().filter(|_| check_port.is_none_or(|own| own == *port));
-                found.push(new(*port, Role::Traffic, check));
-            }
-            if let Some(port) = check_port.filter(|port| !ports.contains(port)) {
-                found.push(new(port, Role::Check, pool.health_check.as_ref()));
-            }
+        let listeners: Vec<&Listener> = config
+            .listeners
+            .values()
+            .filter(|listener| listener.pool == pool.name)
+            .map(|listener| &**listener)
+            .collect();
+        for index in 0..pool.upstreams.len() {
+            found.extend(of_upstream(pool, index, &listeners));
+        }
+    }
+    found
+}
+
+fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target> {
+    let mut found = Vec::new();
+    let upstream = &pool.upstreams[index];
+    let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
+    let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
+    let new = |port, role, protocol, check: Option<&HealthCheck>| {
+        let is_datagram = protocol == Protocol::Udp;
+        let (question, guessed) = if is_datagram { question_of_datagrams(check, port) } else { question(check, port) };
+        let configured =
+            Configured { version: upstream.proxy_protocol, tlvs: tlvs != Tlvs::default(), check: check.cloned() };
+        let address = SocketAddr::new(upstream.ip, port);
+        let (pool_name, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
+        let header_alone = is_datagram && pool.udp_header == UdpHeader::FirstAlone;
+        let pool = pool_name;
+        Target { pool, index, address, role, is_datagram, header_alone, source, question, guessed, tlvs, configured }
+    };
+    let check = pool.health_check.as_ref();
+    let own_port = check.and_then(|check| check.port);
+    let checked_over = |check: &HealthCheck| match check.probe {
+        Probe::Udp { .. } => Protocol::Udp,
+        _ => Protocol::Tcp,
+    };
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        // A pool that nobody sends to may still be looked at.
+        let serves = |listener: &&&Listener| listener.serves(protocol);
+        let is_used =
+            listeners.iter().any(|listener| serves(&listener)) || listeners.is_empty() && protocol == Protocol::Tcp;
+        let ports_of = |of: &mut dyn Iterator<Item = &&Listener>| -> BTreeSet<u16> {
+            let binds = of.flat_map(|listener| &listener.binds).map(|bind| bind.address.port());
+            upstream.port.map_or_else(|| binds.collect(), |port| [port].into())
+        };
+        let ports = ports_of(&mut listeners.iter().filter(serves));
+        let check = check.filter(|check| checked_over(check) == protocol);
+        for port in ports.iter().filter(|_| is_used) {
+            let check = check.filter(|_| own_port.is_none_or(|own| own == *port));
+            found.push(new(*port, Role::Traffic, protocol, check));
+        }
+        // Where the check goes, if no traffic does.
+        let of_check = own_port.map_or_else(|| ports_of(&mut listeners.iter()), |own| [own].into());
+        for port in of_check.into_iter().filter(|port| check.is_some() && !(is_used && ports.contains(port))) {
+            found.push(new(port, Role::Check, protocol, check));
         }
     }
     found
@@ -162,6 +196,17 @@ fn question(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
         }
         _ => (Question::usual(port), true),
     }
+}
+
+/// The check's own question, or what its port says; else nothing can be asked.
+fn question_of_datagrams(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
+    if let Some(Probe::Udp { send, expect }) = check.map(|check| &check.probe)
+        && !expect.is_empty()
+    {
+        return (Question::Given { send: send.clone(), expect: expect.clone() }, false);
+    }
+    let nothing = Question::Given { send: Vec::new(), expect: Vec::new() };
+    (Question::usual_of_datagrams(port).unwrap_or(nothing), false)
 }
 
 /// Finds the place of each change in the file.

@@ -9,10 +9,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::datagram;
 use super::judge::{End, Exchange, Talk};
 use super::tries::{Question, Try, goodbye};
 use crate::config::Tlvs;
 use crate::net::check;
+use crate::proxy_protocol::Transport;
 
 /// Of an answer this much is looked at, and this much is read at the close.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
@@ -32,10 +34,17 @@ pub struct Subject {
     pub timeout: Duration,
     /// Those of the try with TLVs.
     pub tlvs: Tlvs,
+    /// Over UDP.
+    pub is_datagram: bool,
+    /// Over UDP: the header has a datagram of its own.
+    pub header_alone: bool,
 }
 
 /// Makes one connection. Whatever goes wrong is part of what comes back.
 pub async fn exchange(subject: &Subject, attempt: Try, question: &Question, talk: Talk) -> Exchange {
+    if subject.is_datagram {
+        return datagram::exchange(subject, attempt, question).await;
+    }
     let started = Instant::now();
     let mut exchange = Exchange::new(attempt);
     let connecting = timeout(subject.timeout, check::connect(subject.to, subject.source));
@@ -66,7 +75,8 @@ async fn converse(
     stream: &mut TcpStream,
     exchange: &mut Exchange,
 ) -> io::Result<()> {
-    let header = exchange.attempt.header(&subject.tlvs, stream.local_addr()?, stream.peer_addr()?);
+    let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
+    let header = exchange.attempt.header(&subject.tlvs, local, peer, Transport::Stream);
     exchange.header = header.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
     let asked = question.bytes(subject.to);
     let settle = SETTLE_MAX.min(subject.timeout / 2);
@@ -158,7 +168,7 @@ fn ended(error: &io::Error) -> End {
 }
 
 /// The system's words without its number: "connection refused".
-fn words(error: &io::Error) -> String {
+pub fn words(error: &io::Error) -> String {
     let text = error.to_string().to_lowercase();
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
