@@ -7,7 +7,7 @@ mod tap;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -17,6 +17,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::address::Address;
 use crate::control;
 use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
@@ -224,10 +225,11 @@ async fn reach(
     let mut early = Early::default();
     let deadline = Instant::now() + listener.pool.config.connect_deadline;
     let mut attempts = Attempts::default();
+    let client_ip = record.client().ip().map(|client| client.ip());
     for _ in 0..=listener.pool.config.retries {
         // An attempt may come seconds after the accept: what was taken out since then must not get it.
         record.shared.refresh(slot, &mut listener);
-        let mut picked = attempts.pick(&listener.pool);
+        let mut picked = attempts.pick(client_ip, &listener.pool);
         if matches!(picked, Err(PickError::Tried)) {
             if Instant::now() + RETRY_SAME_DELAY >= deadline {
                 break;
@@ -235,7 +237,7 @@ async fn reach(
             sleep(RETRY_SAME_DELAY).await;
             record.shared.refresh(slot, &mut listener);
             attempts.tried.clear();
-            picked = attempts.pick(&listener.pool);
+            picked = attempts.pick(client_ip, &listener.pool);
         }
         let picked = match picked {
             Ok(picked) => picked,
@@ -287,9 +289,9 @@ struct Attempts {
 }
 
 impl Attempts {
-    fn pick(&self, pool: &Pool) -> Result<Picked, PickError> {
+    fn pick(&self, client: Option<IpAddr>, pool: &Pool) -> Result<Picked, PickError> {
         if self.tried.is_empty() && self.barred.is_empty() {
-            return pool.pick(&[]);
+            return pool.pick(client, &[]);
         }
         // By their lives: a reload in between may have moved their indices.
         let excluded =
@@ -297,7 +299,7 @@ impl Attempts {
         let upstreams = pool.upstreams.iter().enumerate();
         let tried: Vec<usize> =
             upstreams.filter(|(_, upstream)| excluded(&upstream.life)).map(|(index, _)| index).collect();
-        pool.pick(&tried)
+        pool.pick(client, &tried)
     }
 }
 
@@ -376,7 +378,7 @@ impl Attempt<'_> {
 
     /// Counts a failure against the upstream, unless it was ours.
     async fn connect(&self, record: &Record, early: &mut Early, sent: &mut Option<Sent>) -> Result<Stream, Failure> {
-        let (pool, address) = (&*self.pool.name, self.life.address);
+        let (pool, address) = (&*self.pool.name, &self.life.address);
         let options = ConnectOptions {
             source: next_source(&record.shared, &self.pool.config.source, address),
             keepalive: self.keepalive,
@@ -434,9 +436,7 @@ impl Attempt<'_> {
             let bytes = &mut *shared.header.borrow_mut();
             bytes.clear();
             let mut id = [0; ulid::ULID_LEN];
-            self.plan
-                .encode(record.client(), record.local(), Transport::Stream, record.id(&mut id), bytes)
-                .map_err(io::Error::other)?;
+            self.plan.encode(record.ends(), Transport::Stream, record.id(&mut id), bytes).map_err(io::Error::other)?;
             let header = bytes.len();
             if early.pending.is_empty() && !early.client_eof && !early.client_reset {
                 let scratch = &mut shared.scratch.borrow_mut().bytes;
@@ -488,10 +488,8 @@ pub fn count_failure(shared: &Shared, pool: &Pool, life: &Arc<UpstreamLife>) {
 }
 
 /// Source addresses of the upstream's family in turn.
-pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: SocketAddr) -> Option<IpAddr> {
-    if sources.is_empty() {
-        return None;
-    }
+pub fn next_source(shared: &Shared, sources: &[IpAddr], upstream: &Address) -> Option<IpAddr> {
+    let upstream = upstream.ip().filter(|_| !sources.is_empty())?;
     let turn = shared.sources.replace(shared.sources.get().wrapping_add(1));
     let fitting = || sources.iter().filter(|source| source.is_ipv4() == upstream.is_ipv4());
     fitting().nth(turn % fitting().count().max(1)).copied()

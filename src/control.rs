@@ -3,12 +3,12 @@
 pub mod probes;
 pub mod view;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::address::Address;
 use crate::pool::{AdminState, Observation, UpstreamLife};
 use view::{Filter, Tapped};
 
@@ -71,9 +71,38 @@ pub enum ReloadOutcome {
     Refused,
 }
 
+/// What came of one upgrade.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct UpgradeReport {
+    /// upgraded or failed.
+    pub outcome: UpgradeOutcome,
+    /// The process that serves now.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Connections and sessions that the old process still carries; 0 if it goes on serving.
+    pub open: usize,
+    /// Why the old process goes on serving; empty unless failed.
+    pub errors: Vec<String>,
+    /// From the order to its outcome.
+    pub duration_ms: f64,
+}
+
+/// How an upgrade ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeOutcome {
+    /// Another process serves now.
+    Upgraded,
+    /// This one goes on; see the errors.
+    Failed,
+}
+
 /// One request.
 #[derive(Debug)]
 pub enum Command {
+    /// Start the program again and hand it every listening socket.
+    Upgrade(oneshot::Sender<UpgradeReport>),
     /// Load the file again.
     Reload(ReloadTrigger, oneshot::Sender<Arc<ReloadReport>>),
     /// Set the admin state of upstreams of a pool: of one address, or of all.
@@ -121,7 +150,7 @@ pub struct SetAdmin {
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct SetAdminReply {
     /// The upstreams it named, and the connections still open on each.
-    pub upstreams: Vec<(SocketAddr, u64)>,
+    pub upstreams: Vec<(Address, u64)>,
 }
 
 /// Why an order was not carried out.
@@ -168,6 +197,11 @@ impl Handle {
     /// Ask for a reload and wait for its outcome.
     pub async fn reload(&self, trigger: ReloadTrigger) -> Result<Arc<ReloadReport>, Stopped> {
         self.ask(|reply| Command::Reload(trigger, reply)).await
+    }
+
+    /// Ask for an upgrade and wait for its outcome.
+    pub async fn upgrade(&self) -> Result<UpgradeReport, Stopped> {
+        self.ask(Command::Upgrade).await
     }
 
     /// Change the admin state of upstreams.

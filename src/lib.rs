@@ -7,6 +7,8 @@
 pub mod proxy_protocol;
 /// PURE. The one vocabulary of how connections end.
 pub mod termination;
+/// PURE. Where a connection goes and where it comes from.
+pub mod address;
 /// Sockets and their options; the only place with `unsafe`.
 pub mod net;
 /// Counters and the Prometheus text format.

@@ -1,14 +1,18 @@
 //! The immutable view of everything that the data path reads, and how the next one is built from the last.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
+use crate::address::Address;
 use crate::config::{self, Bind, Config, HeaderFormat, LogConnections, Protocol, Tlvs};
 use crate::pool::balance::{Candidate, SLOW_START_STEPS};
 use crate::pool::header::HeaderPlan;
+use crate::pool::source_hash::Tables;
 use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey, UpstreamLife};
 use crate::termination::{DropReason, Termination};
 
@@ -272,6 +276,8 @@ pub struct Inputs {
     pub listener_lives: HashMap<String, Arc<ListenerLife>>,
     /// Where each pool's round robin stands.
     pub turns: HashMap<PoolKey, Arc<AtomicUsize>>,
+    /// The tables of `source_hash`, which stay while the sets of upstreams do.
+    pub tables: Tables,
     /// The slot of each bound address.
     pub slots: HashMap<SocketKey, usize>,
     /// Has this machine IPv6? Without it `":80"` is IPv4 alone.
@@ -303,12 +309,13 @@ pub fn build(
         };
         pools.insert(key, built);
     }
+    inputs.tables.forget_unused();
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
         for key in socket_keys(listener, inputs.has_ipv6) {
             let Some(slot) = inputs.slots.get(&key).copied() else { continue };
             let pool_config = &config.pools[&listener.pool];
-            let pool = &pools[&pool_key(pool_config, key.address.port())];
+            let pool = &pools[&pool_key(pool_config, key.port())];
             slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, inputs));
         }
     }
@@ -322,32 +329,81 @@ pub fn build(
 }
 
 /// What makes a listening socket the same one over a reload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SocketKey {
     /// TCP or UDP: the two may share a port.
     pub protocol: Protocol,
-    /// What it is bound to.
-    pub address: SocketAddr,
-    /// IPV6_V6ONLY.
-    pub v6only: bool,
+    /// What it is bound to, or where it comes from.
+    pub at: At,
+}
+
+/// What a listening socket is bound to, or where it comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum At {
+    /// An IP address and port: a socket for each worker.
+    Ip {
+        /// As bound.
+        address: SocketAddr,
+        /// IPV6_V6ONLY.
+        v6only: bool,
+    },
+    /// A UNIX socket, which all workers share.
+    Unix(Arc<Path>),
+    /// A socket that the process was started with.
+    Inherited {
+        /// Under which it was handed over.
+        name: String,
+        /// Among those of the same name, from 0.
+        index: usize,
+    },
+}
+
+impl SocketKey {
+    /// The address, if it is an IP address that we bind.
+    pub fn ip(&self) -> Option<SocketAddr> {
+        match &self.at {
+            At::Ip { address, .. } => Some(*address),
+            At::Unix(_) | At::Inherited { .. } => None,
+        }
+    }
+
+    /// The port of that address.
+    pub fn port(&self) -> Option<u16> {
+        self.ip().map(|address| address.port())
+    }
+}
+
+impl fmt::Display for SocketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = self.protocol.as_str();
+        match &self.at {
+            At::Ip { address, v6only } => write!(f, "{protocol} {address}{}", if *v6only { " v6only" } else { "" }),
+            At::Unix(path) => write!(f, "{protocol} unix:{}", path.display()),
+            At::Inherited { name, index } => write!(f, "{protocol} fd:{name} {index}"),
+        }
+    }
 }
 
 /// The sockets that a listener asks for.
 pub fn socket_keys(listener: &config::Listener, has_ipv6: bool) -> Vec<SocketKey> {
     let key = |protocol: &Protocol, bind: &Bind| {
-        let (address, v6only) = match bind.any && !has_ipv6 {
-            true => (SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), false),
-            false => (bind.address, bind.v6only),
+        let at = match bind {
+            Bind::Ip(bind) if bind.any && !has_ipv6 => {
+                At::Ip { address: SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), v6only: false }
+            }
+            Bind::Ip(bind) => At::Ip { address: bind.address, v6only: bind.v6only },
+            Bind::Unix(path) => At::Unix(Arc::clone(path)),
+            Bind::Inherited(name) => At::Inherited { name: name.clone(), index: 0 },
         };
-        SocketKey { protocol: *protocol, address, v6only }
+        SocketKey { protocol: *protocol, at }
     };
     listener.protocols.iter().flat_map(|protocol| listener.binds.iter().map(move |bind| key(protocol, bind))).collect()
 }
 
 /// Which instance of a pool a listener's port uses.
-pub fn pool_key(pool: &config::Pool, port: u16) -> PoolKey {
-    let takes_port = pool.upstreams.iter().any(|upstream| upstream.port.is_none());
-    (pool.name.clone(), takes_port.then_some(port))
+pub fn pool_key(pool: &config::Pool, port: Option<u16>) -> PoolKey {
+    let takes_port = pool.upstreams.iter().any(|upstream| upstream.address.takes_port());
+    (pool.name.clone(), port.filter(|_| takes_port))
 }
 
 /// Every instance of every pool. A pool without a listener stands for itself, so that it is checked and shown, unless
@@ -356,11 +412,11 @@ pub fn pool_keys(config: &Config) -> Vec<PoolKey> {
     let mut keys: Vec<PoolKey> = Vec::new();
     for listener in config.listeners.values() {
         for bind in &listener.binds {
-            keys.push(pool_key(&config.pools[&listener.pool], bind.address.port()));
+            keys.push(pool_key(&config.pools[&listener.pool], bind.port()));
         }
     }
     for pool in config.pools.values() {
-        if pool.upstreams.iter().all(|upstream| upstream.port.is_some()) {
+        if !pool.upstreams.iter().any(|upstream| upstream.address.takes_port()) {
             keys.push((pool.name.clone(), None));
         }
     }
@@ -370,15 +426,15 @@ pub fn pool_keys(config: &Config) -> Vec<PoolKey> {
 }
 
 /// The address of an upstream in one instance of its pool.
-pub fn upstream_address(upstream: &config::Upstream, port: Option<u16>) -> SocketAddr {
-    SocketAddr::new(upstream.ip, upstream.port.or(port).unwrap_or_default())
+pub fn upstream_address(upstream: &config::Upstream, port: Option<u16>) -> Address {
+    upstream.address.at(port)
 }
 
 fn build_pool(pool: &Arc<config::Pool>, port: Option<u16>, inputs: &mut Inputs, now: Instant) -> Pool {
     let mut upstreams = Vec::with_capacity(pool.upstreams.len());
     for (entry, upstream) in pool.upstreams.iter().enumerate() {
         let key = UpstreamKey { pool: pool.name.clone(), address: upstream_address(upstream, port) };
-        let life = inputs.lives.entry(key.clone()).or_insert_with(|| UpstreamLife::new(key.address));
+        let life = inputs.lives.entry(key.clone()).or_insert_with(|| UpstreamLife::new(key.address.clone()));
         let record = inputs.health.get(&key);
         let default = if pool.health_check.is_some() { Health::Unknown } else { Health::Healthy };
         let slow_start = record.and_then(|record| record.slow_start).filter(|_| !pool.slow_start.is_zero());
@@ -400,7 +456,7 @@ fn build_pool(pool: &Arc<config::Pool>, port: Option<u16>, inputs: &mut Inputs, 
         });
     }
     let turn = inputs.turns.entry((pool.name.clone(), port)).or_default();
-    Pool::new(Arc::clone(pool), upstreams, Arc::clone(turn))
+    Pool::new(Arc::clone(pool), upstreams, Arc::clone(turn), &mut inputs.tables)
 }
 
 fn build_listener(
@@ -482,7 +538,7 @@ mod tests {
         let mut inputs = inputs(&config);
         let snapshot = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
         for listener in snapshot.slots.values() {
-            let ports: Vec<u16> = listener.pool.upstreams.iter().map(|up| up.life.address.port()).collect();
+            let ports: Vec<u16> = listener.pool.upstreams.iter().filter_map(|up| up.life.address.port()).collect();
             match &*listener.life.name {
                 "web" => assert!(ports == [80, 80] || ports == [443, 443], "{ports:?}"),
                 _ => assert_eq!(ports, [80]),
@@ -516,7 +572,7 @@ mod tests {
     fn health_and_admin_state_reach_the_pool_apart() {
         let config = parse(TWO_POOLS);
         let mut inputs = inputs(&config);
-        let key = UpstreamKey { pool: "ingress".to_owned(), address: "10.0.0.30:80".parse().unwrap() };
+        let key = UpstreamKey { pool: "ingress".to_owned(), address: Address::Ip("10.0.0.30:80".parse().unwrap()) };
         let (health, since) = (Health::Healthy, SystemTime::now());
         let record = HealthRecord { health, reason: "status 200".to_owned(), since, slow_start: None };
         inputs.health.insert(key.clone(), record);
@@ -526,7 +582,23 @@ mod tests {
         let pool = &snapshot.pools[&("ingress".to_owned(), Some(80))];
         assert_eq!(pool.upstreams[0].candidate.health, Health::Healthy);
         assert_eq!(pool.upstreams[0].candidate.admin, AdminState::Draining);
-        assert_eq!(pool.pick(&[]).unwrap().index, 1, "the other is unknown, and the only one enabled");
+        assert_eq!(pool.pick(None, &[]).unwrap().index, 1, "the other is unknown, and the only one enabled");
+    }
+
+    #[test]
+    fn a_clients_upstream_is_the_same_one_on_all_ports_of_a_listener() {
+        let config = parse(&TWO_POOLS.replace("[pools.ingress]", "[pools.ingress]\nbalance = \"source_hash\""));
+        let mut inputs = inputs(&config);
+        let snapshot = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
+        let [http, https] = [80, 443].map(|port| &snapshot.pools[&("ingress".to_owned(), Some(port))]);
+        let mut counts = [0; 2];
+        for last in 1..=200 {
+            let client = Some(IpAddr::from([192, 0, 2, last]));
+            let picked = http.pick(client, &[]).unwrap();
+            assert_eq!(picked.index, https.pick(client, &[]).unwrap().index);
+            counts[picked.index] += 1;
+        }
+        assert!(counts.iter().all(|count| *count > 50), "{counts:?}");
     }
 
     #[test]

@@ -101,6 +101,8 @@ causes! {
     Unhealthy = Preface.Relay."unhealthy",
     /// The process stops, and `stop_timeout` is over, or a second signal came.
     StopTimeout = Preface.Stop."stop_timeout",
+    /// An upgrade: a new process reads the session's socket now, and its client has a session there with its next datagram.
+    HandedOver = Preface.Stop."handed_over",
     /// A bug: the task of this connection panicked.
     Panic = Preface.Relay."panic",
 }
@@ -113,7 +115,7 @@ impl Termination {
 
     /// Is this a regular end of a UDP session? Nobody closes one: silence is how it ends.
     pub fn is_regular_for_session(self) -> bool {
-        matches!(self, Termination::IdleTimeout | Termination::Responses)
+        matches!(self, Termination::IdleTimeout | Termination::Responses | Termination::HandedOver)
     }
 }
 

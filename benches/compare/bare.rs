@@ -65,10 +65,11 @@ pub fn run(address: SocketAddr, upstream: SocketAddr) -> io::Result<()> {
 }
 
 async fn serve(accepted: Accepted, local: SocketAddr, upstream: SocketAddr, scratch: &Scratch) -> io::Result<()> {
-    let client = Stream::new(accepted.fd)?;
-    let (upstream, handshake) = Stream::connect(upstream, &OPTIONS)?;
+    let peer = accepted.client.ip().expect("the benchmark listens on an IP address");
+    let client = Stream::new(accepted)?;
+    let (upstream, handshake) = Stream::connect(&upstream.into(), &OPTIONS)?;
     upstream.connected(handshake).await?;
-    let header = Header::proxy(Version::V2, Addresses::inet(accepted.client, local, Transport::Stream), vec![]);
+    let header = Header::proxy(Version::V2, Addresses::inet(peer, local, Transport::Stream), vec![]);
     let mut early = Early::default();
     poll_fn(|cx| {
         let mut bytes = Vec::with_capacity(128);

@@ -261,10 +261,11 @@ pub fn all(cpus: usize) -> Vec<Row> {
         rows.push(row(&format!("short-{at_a_time}"), &title, Work::Short { at_a_time }, &kinds, targets));
     }
     rows.extend(watched());
-    rows.extend(datagrams());
     let targets = vec![ratio("preface / HAProxy", "memory", &[Haproxy, HaproxyTuned], 0.5)];
     rows.push(row("idle", "Idle connections", Work::Idle, &PEERS[1..], targets));
     rows.push(reload());
+    // After the idle connections: the clients of these keep their descriptors.
+    rows.extend(datagrams());
     rows.extend(scaling(cpus));
     rows
 }

@@ -3,8 +3,10 @@
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
@@ -43,6 +45,7 @@ pub enum Reach {
 struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
+    owned: AtomicBool,
 }
 
 /// Bind the address, inside a tokio runtime. A UNIX socket's stale file is replaced, one that answers is not.
@@ -67,9 +70,27 @@ fn explain(error: io::Error, what: &str, when_in_use: &str) -> io::Error {
     io::Error::new(error.kind(), format!("cannot bind [admin] {what}: {error}; {next}"))
 }
 
+/// The socket of another process at the same address. A UNIX socket's file stays that one's until `own`. `None`: the file
+/// is gone, and nobody could arrive.
+pub fn adopt(bind: &AdminBind, descriptor: OwnedFd) -> io::Result<Option<Listener>> {
+    match bind {
+        AdminBind::Tcp(address) => listen_tcp(*address, descriptor.into()).map(Some),
+        AdminBind::Unix(path) if !fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) => Ok(None),
+        AdminBind::Unix(path) => {
+            let listener = listen_unix(path, UnixListener::from_std(descriptor.into())?)?;
+            listener.set_owned(false);
+            Ok(Some(listener))
+        }
+    }
+}
+
 fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     let socket = std::net::TcpListener::bind(address)?;
     socket.set_nonblocking(true)?;
+    listen_tcp(address, socket)
+}
+
+fn listen_tcp(address: SocketAddr, socket: std::net::TcpListener) -> io::Result<Listener> {
     let reach = if address.ip().to_canonical().is_loopback() { Reach::Loopback } else { Reach::Network };
     Ok(Listener { socket: Socket::Tcp(TcpListener::from_std(socket)?), reach })
 }
@@ -82,9 +103,14 @@ fn bind_unix(path: &Path) -> io::Result<Listener> {
         }
         other => other?,
     };
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) };
     fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+    listen_unix(path, socket)
+}
+
+fn listen_unix(path: &Path, socket: UnixListener) -> io::Result<Listener> {
+    let metadata = fs::symlink_metadata(path)?;
+    let device_and_inode = (metadata.dev(), metadata.ino());
+    let file = SocketFile { path: path.to_owned(), device_and_inode, owned: AtomicBool::new(true) };
     Ok(Listener { socket: Socket::Unix(socket, file), reach: Reach::Unix })
 }
 
@@ -113,6 +139,21 @@ impl Listener {
         }
     }
 
+    /// For a process that takes this one's place.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Unix(socket, _) => socket.as_fd(),
+        }
+    }
+
+    /// Does a UNIX socket's file go away with this, or is it another process's, which has the socket, too?
+    pub fn set_owned(&self, owned: bool) {
+        if let Socket::Unix(_, file) = &self.socket {
+            file.owned.store(owned, Ordering::Relaxed);
+        }
+    }
+
     pub(super) fn reach(&self) -> Reach {
         self.reach
     }
@@ -127,6 +168,9 @@ impl Listener {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if !self.owned.load(Ordering::Relaxed) {
+            return;
+        }
         // The next process may have put its own socket there already.
         let is_ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode;
         if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
@@ -160,6 +204,34 @@ mod tests {
 
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn an_adopted_socket_goes_on_and_its_file_is_the_new_listener_s() {
+        let directory = tempfile::tempdir().unwrap();
+        let unix = AdminBind::Unix(directory.path().join("admin.sock"));
+        for bind_at in [unix.clone(), AdminBind::Tcp("127.0.0.1:0".parse().unwrap())] {
+            let old = bind(&bind_at).unwrap();
+            let address = old.address().unwrap();
+            let new = adopt(&bind_at, old.descriptor().try_clone_to_owned().unwrap()).unwrap().unwrap();
+            assert_eq!((new.address().unwrap(), new.reach()), (address.clone(), old.reach()));
+            new.set_owned(true);
+            old.set_owned(false);
+            drop(old);
+            let connected = match &address {
+                AdminBind::Tcp(address) => std::net::TcpStream::connect(address).map(drop),
+                AdminBind::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(drop),
+            };
+            connected.unwrap();
+            new.accept().await.unwrap();
+        }
+        let AdminBind::Unix(path) = &unix else { unreachable!() };
+        assert!(!path.exists(), "it went away with the new listener");
+        let old = bind(&unix).unwrap();
+        drop(adopt(&unix, old.descriptor().try_clone_to_owned().unwrap()).unwrap());
+        assert!(path.exists(), "it is still the old one's");
+        fs::remove_file(path).unwrap();
+        assert!(adopt(&unix, old.descriptor().try_clone_to_owned().unwrap()).unwrap().is_none());
     }
 
     #[tokio::test]

@@ -29,10 +29,10 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 pub use guard::{Access, read_token};
-pub use listener::{Listener, bind};
+pub use listener::{Listener, adopt, bind};
 
 use crate::control::probes::Probes;
-use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped};
+use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped, UpgradeOutcome};
 use crate::metrics;
 use crate::pool::AdminState;
 use events::Events;
@@ -83,6 +83,7 @@ GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the h
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
+POST /upgrade    start the program again and hand it every listener; connections stay
 POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
 POST /pools/POOL/disable                         nothing new; open connections are reset
 POST /pools/POOL/enable                          as configured
@@ -117,7 +118,8 @@ pub enum Scope {
 }
 
 /// Serve until `stop`; then answers under way have a second.
-pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = ()>) {
+pub async fn serve(listener: impl Into<Arc<Listener>>, state: State, stop: impl Future<Output = ()>) {
+    let listener = listener.into();
     let events = Events::new(state.control.clone());
     let service = TowerToHyperService::new(router(state, events.clone(), listener.reach()));
     let (stopping, stopped) = watch::channel(());
@@ -231,6 +233,7 @@ fn routes() -> Vec<Route> {
         Route::read("/events", follow),
         Route::read("/config", config),
         Route::post("/reload", reload),
+        Route::post("/upgrade", upgrade),
         Route::post("/log", look::set_log_level),
         Route::delete("/connections/{id}", look::end_connection),
         Route::post("/pools/{pool}/{order}", order_pool),
@@ -333,6 +336,15 @@ async fn reload(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
     Ok(pretty(status, &serde_json::to_value(&*report).expect("a report has string keys only")))
 }
 
+async fn upgrade(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let report = answer(server.state.control.upgrade()).await?;
+    let status = match report.outcome {
+        UpgradeOutcome::Upgraded => StatusCode::OK,
+        UpgradeOutcome::Failed => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    Ok(pretty(status, &serde_json::to_value(&report).expect("a report has string keys only")))
+}
+
 #[derive(Debug, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OrderQuery {
@@ -383,7 +395,7 @@ async fn set_admin(
             Refusal::new(StatusCode::NOT_FOUND, error.to_string())
         }
     })?;
-    let upstream = |&(address, open): &(_, u64)| json!({ "address": address, "open": open });
+    let upstream = |(address, open): &(_, u64)| json!({ "address": address, "open": open });
     let upstreams: Vec<Value> = reply.upstreams.iter().map(upstream).collect();
     Ok(pretty(StatusCode::OK, &json!({ "pool": pool, "admin": state, "upstreams": upstreams })))
 }

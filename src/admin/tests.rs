@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::config::AdminBind;
-use crate::control::{self, Command, ReloadReport, SetAdminReply};
+use crate::control::{self, Command, ReloadReport, SetAdminReply, UpgradeReport};
 
 struct Served {
     address: AdminBind,
@@ -69,6 +69,17 @@ fn served(bind: &str, access: Access) -> Served {
     served_by(announce::parse(bind).unwrap(), access, Scope::All, played_control())
 }
 
+fn upgraded() -> UpgradeReport {
+    UpgradeReport {
+        outcome: UpgradeOutcome::Upgraded,
+        pid: 4711,
+        version: "0.2.0".to_owned(),
+        open: 3,
+        errors: Vec::new(),
+        duration_ms: 48.6,
+    }
+}
+
 /// A control thread that refuses every second reload, beginning with the second.
 fn played_control() -> Handle {
     let (handle, mut commands) = control::channel();
@@ -76,6 +87,7 @@ fn played_control() -> Handle {
         let mut reloads = 0;
         while let Some(command) = commands.recv().await {
             match command {
+                Command::Upgrade(reply) => drop(reply.send(upgraded())),
                 Command::Reload(trigger, reply) => {
                     reloads += 1;
                     let _ = reply.send(Arc::new(report(trigger, reloads % 2 == 0)));

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::error::Diagnostic;
 use super::file::{Section, Text, not_supported};
-use super::{AdminBind, Bind};
+use super::{AdminBind, Bind, IpBind, UpstreamAddress};
 
 /// `sockaddr_un` has 108 bytes, the last one a zero.
 const UNIX_PATH_BYTES_MAX: usize = 107;
@@ -19,7 +19,7 @@ pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Box<Diagnostic>> {
     }
     if let Some(port) = text.value.strip_prefix(':').and_then(port) {
         let address = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
-        return Ok(Bind { address, any: true, v6only: false });
+        return Ok(Bind::Ip(IpBind { address, any: true, v6only: false }));
     }
     let address = socket_address(text, "bind", "such as \":80\", \"192.0.2.1:80\" or \"[2001:db8::1]:80\"")?;
     if address.ip().is_multicast() {
@@ -34,7 +34,7 @@ pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Box<Diagnostic>> {
         let help = "append its number: \"[fe80::1%2]:80\" for the one that `ip link` shows as 2";
         return Err(Box::new(Diagnostic::error(&text.span, message).help(help)));
     }
-    Ok(Bind { address, any: false, v6only: false })
+    Ok(Bind::Ip(IpBind { address, any: false, v6only: false }))
 }
 
 /// `admin.bind`
@@ -59,7 +59,7 @@ pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>>
 }
 
 /// The address of an upstream.
-pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Box<Diagnostic>> {
+pub(super) fn upstream(text: &Text<'_>) -> Result<UpstreamAddress, Box<Diagnostic>> {
     let value = text.value;
     if value.starts_with("unix:") || value.starts_with("srv:") {
         return Err(Box::new(not_supported(&text.span, &format!("address {value:?}"))));
@@ -78,7 +78,7 @@ pub(super) fn upstream(text: &Text<'_>) -> Result<(IpAddr, Option<u16>), Box<Dia
         _ if ip.is_unspecified() => "is no address that can be connected to",
         _ if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) => "is a multicast or broadcast address",
         _ if link_local => return Err(Box::new(not_supported(&text.span, &format!("link-local address {value:?}")))),
-        _ => return Ok((ip, port)),
+        _ => return Ok(UpstreamAddress::Ip(ip, port)),
     };
     Err(Box::new(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}"))))
 }
@@ -123,7 +123,7 @@ pub(super) fn source(text: &Text<'_>) -> Result<IpAddr, Box<Diagnostic>> {
 }
 
 /// Whether a socket bound to `bind` takes connections to `address`.
-pub(super) fn covers(bind: &Bind, address: SocketAddr) -> bool {
+pub(super) fn covers(bind: &IpBind, address: SocketAddr) -> bool {
     let bound = bind.address.ip();
     let any = match (bound, address.ip()) {
         (IpAddr::V6(_), IpAddr::V4(_)) => bound.is_unspecified() && !bind.v6only,

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -199,7 +198,7 @@ fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
 }
 
 fn changed_upstreams(lines: &mut Lines, old: &[Upstream], new: &[Upstream]) {
-    let key = |upstream: &Upstream| -> (IpAddr, Option<u16>) { (upstream.ip, upstream.port) };
+    let key = |upstream: &Upstream| upstream.address.clone();
     let old_by_key: BTreeMap<_, _> = old.iter().map(|upstream| (key(upstream), upstream)).collect();
     let new_by_key: BTreeMap<_, _> = new.iter().map(|upstream| (key(upstream), upstream)).collect();
     for upstream in old.iter().filter(|upstream| !new_by_key.contains_key(&key(upstream))) {

@@ -3,7 +3,7 @@
 use super::error::Diagnostic;
 use super::file::Section;
 use super::pool::format;
-use super::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe, Upstream};
+use super::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe, Upstream, UpstreamAddress};
 
 /// Question or expected answer of a check.
 const PAYLOAD_BYTES_MAX: usize = 4_096;
@@ -128,7 +128,9 @@ fn statuses(section: &Section<'_>) -> Vec<(u16, u16)> {
 
 /// On the traffic port a check speaks as the traffic does; on another port, where something else listens, plainly.
 fn header(section: &Section<'_>, port: Option<u16>, upstreams: &[Upstream]) -> CheckHeader {
-    let other_port = port.is_some_and(|port| upstreams.iter().any(|upstream| upstream.port != Some(port)));
+    let other_port = port.is_some_and(|port| {
+        upstreams.iter().any(|upstream| !matches!(upstream.address, UpstreamAddress::Ip(_, Some(own)) if own == port))
+    });
     let traffic_has_header = upstreams.iter().any(|upstream| upstream.proxy_protocol.is_some());
     let span = section.span_of("proxy_protocol");
     match section.word("proxy_protocol") {

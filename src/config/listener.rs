@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::error::Diagnostic;
 use super::file::{Section, Span, Text};
-use super::{Admin, AdminBind, Bind, Listener, Protocol, address, tlvs};
+use super::{Admin, AdminBind, Bind, IpBind, Listener, Protocol, address, tlvs};
 
 /// Longest name of a listener or pool: it stands in metrics, log lines and URLs.
 const NAME_BYTES_MAX: usize = 64;
@@ -42,7 +42,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
     for text in section.texts("bind") {
         match address::bind(&text) {
             Ok(bind) => {
-                if bind.address.port() == 0 {
+                if bind.port() == Some(0) {
                     let warning =
                         Diagnostic::warning(&text.span, format!("{what} listens on a port that the system chooses"));
                     section.note(warning.label("port 0").help("another one at each start: clients need a fixed port"));
@@ -136,6 +136,16 @@ struct Bound {
     is_admin: bool,
 }
 
+impl Bound {
+    fn ip(&self) -> Option<&IpBind> {
+        self.bind.ip()
+    }
+
+    fn is_any(&self) -> bool {
+        self.ip().is_some_and(|bind| bind.any)
+    }
+}
+
 /// Refuses addresses that stand twice, and decides which `[::]` sockets are for IPv6 alone.
 pub(super) fn resolve_binds(
     file: &Section<'_>,
@@ -147,7 +157,7 @@ pub(super) fn resolve_binds(
     if let AdminBind::Tcp(address) = admin.bind
         && address.port() != 0
     {
-        let bind = Bind { address, any: false, v6only: false };
+        let bind = Bind::Ip(IpBind { address, any: false, v6only: false });
         let (span, written, owner) = (admin_span.clone(), address.to_string(), "the admin API".to_owned());
         let protocols = vec![Protocol::Tcp];
         all.push(Bound { bind, span, written, owner, protocols, is_admin: true });
@@ -156,7 +166,7 @@ pub(super) fn resolve_binds(
         for (bind, text) in written.listener.binds.iter().zip(&written.binds) {
             let owner = format!("listener {:?}", written.listener.name);
             let protocols = &written.listener.protocols;
-            let (bind, span, written) = (*bind, text.span.clone(), text.value.to_owned());
+            let (bind, span, written) = (bind.clone(), text.span.clone(), text.value.to_owned());
             let protocols = protocols.clone();
             all.push(Bound { bind, span, written, owner, protocols, is_admin: false });
         }
@@ -172,7 +182,9 @@ pub(super) fn resolve_binds(
         let rivals: Vec<Bound> =
             all.iter().filter(|bound| bound.protocols.iter().any(|other| protocols.contains(other))).cloned().collect();
         for (bind, text) in written.listener.binds.iter_mut().zip(&written.binds) {
-            resolve_v6only(file, bind, text, &rivals);
+            if let Bind::Ip(bind) = bind {
+                resolve_v6only(file, bind, text, &rivals);
+            }
         }
     }
 }
@@ -180,7 +192,7 @@ pub(super) fn resolve_binds(
 fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
     let diagnostic = Diagnostic::error(&second.span, format!("address {:?} is bound twice", second.written));
     let diagnostic = diagnostic.label(format!("{} wants it", second.owner));
-    let every = [first, second].into_iter().find(|bound| bound.bind.any).filter(|_| first.written != second.written);
+    let every = [first, second].into_iter().find(|bound| bound.is_any()).filter(|_| first.written != second.written);
     let diagnostic = diagnostic.help(match every {
         Some(every) => format!("{:?} is every IPv4 and every IPv6 address", every.written),
         None if first.written == second.written => {
@@ -195,13 +207,13 @@ fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
 }
 
 /// `[::]:P` takes IPv6 alone when the file also binds an IPv4 address on port P.
-fn resolve_v6only(file: &Section<'_>, bind: &mut Bind, text: &Text<'_>, all: &[Bound]) {
+fn resolve_v6only(file: &Section<'_>, bind: &mut IpBind, text: &Text<'_>, all: &[Bound]) {
     let port = bind.address.port();
-    let on_port = |bound: &&Bound| bound.bind.address.is_ipv4() && bound.bind.address.port() == port;
+    let on_port = |bound: &&Bound| bound.ip().is_some_and(|bind| bind.address.is_ipv4() && bind.address.port() == port);
     let every_v6 = bind.address.ip().is_unspecified() && bind.address.is_ipv6() && !bind.any && port != 0;
     let Some(other) = all.iter().find(on_port).filter(|_| every_v6) else { return };
     bind.v6only = true;
-    if all.iter().filter(on_port).any(|bound| bound.bind.address.ip().is_unspecified()) {
+    if all.iter().filter(on_port).any(|bound| bound.ip().is_some_and(|bind| bind.address.ip().is_unspecified())) {
         return;
     }
     let because = format!("because {} binds an IPv4 address on this port", other.owner);
@@ -221,12 +233,13 @@ fn collide(a: &Bound, b: &Bound) -> bool {
     if !a.protocols.iter().any(|protocol| b.protocols.contains(protocol)) {
         return false;
     }
-    let same = a.bind.address == b.bind.address;
-    let every_v4 = |any: &Bound, other: &Bound| {
-        let v4: IpAddr = [0, 0, 0, 0].into();
-        any.bind.any && other.bind.address == SocketAddr::new(v4, any.bind.address.port())
-    };
     let admin = a.is_admin || b.is_admin;
-    let within = address::covers(&a.bind, b.bind.address) || address::covers(&b.bind, a.bind.address);
+    let (Some(a), Some(b)) = (a.ip(), b.ip()) else { return a.bind == b.bind };
+    let same = a.address == b.address;
+    let every_v4 = |any: &IpBind, other: &IpBind| {
+        let v4: IpAddr = [0, 0, 0, 0].into();
+        any.any && other.address == SocketAddr::new(v4, any.address.port())
+    };
+    let within = address::covers(a, b.address) || address::covers(b, a.address);
     same || every_v4(a, b) || every_v4(b, a) || (admin && within)
 }

@@ -29,6 +29,7 @@ use ipnet::IpNet;
 
 pub use self::diff::{diff, reuse};
 pub use self::error::{Diagnostics, Errors, LoadError, Style};
+use crate::address::Address;
 pub use crate::proxy_protocol::Version;
 
 /// The whole configuration. Equal content means equal values, so an unchanged listener or pool can keep its `Arc`.
@@ -163,9 +164,35 @@ pub enum Protocol {
     Udp,
 }
 
-/// One bound address.
+/// One element of `listeners.NAME.bind`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Bind {
+    /// An IP address and port.
+    Ip(IpBind),
+    /// `"unix:/path"`: a UNIX socket of mode 0660.
+    Unix(Arc<Path>),
+    /// `"fd:NAME"`: the sockets of this name that the process was started with.
+    Inherited(String),
+}
+
+impl Bind {
+    /// The IP address and port, if the file says them.
+    pub fn ip(&self) -> Option<&IpBind> {
+        match self {
+            Bind::Ip(bind) => Some(bind),
+            Bind::Unix(_) | Bind::Inherited(_) => None,
+        }
+    }
+
+    /// The port, if the file says it.
+    pub fn port(&self) -> Option<u16> {
+        self.ip().map(|bind| bind.address.port())
+    }
+}
+
+/// One bound IP address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Bind {
+pub struct IpBind {
     /// For `":80"` the address is `[::]` with `any` set.
     pub address: SocketAddr,
     /// Written as `":80"`: dual stack, or IPv4 alone where the machine has no IPv6.
@@ -256,6 +283,8 @@ pub enum Balance {
     LeastConnections,
     /// The less loaded of two at random.
     RandomTwo,
+    /// By the client's address: Maglev.
+    SourceHash,
 }
 
 /// `on_unhealthy`
@@ -279,10 +308,8 @@ pub enum WhenNoneHealthy {
 /// `[[pools.NAME.upstreams]]`, the pool's defaults already applied.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Upstream {
-    /// IP address.
-    pub ip: IpAddr,
-    /// `None`: the listener's port.
-    pub port: Option<u16>,
+    /// Where it is.
+    pub address: UpstreamAddress,
     /// 0..=256; 0 takes no new connections.
     pub weight: u32,
     /// Used when no other is healthy, or every other is full.
@@ -293,6 +320,38 @@ pub struct Upstream {
     pub max_connections: usize,
     /// The upstream's own; see `Tlvs::merge`.
     pub tlvs: Tlvs,
+}
+
+/// `address` of an upstream, as the file says it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum UpstreamAddress {
+    /// An IP address; without a port the listener's.
+    Ip(IpAddr, Option<u16>),
+    /// `"unix:/path"`: a UNIX stream socket.
+    Unix(Arc<Path>),
+}
+
+impl UpstreamAddress {
+    /// The IP address, if it has one.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            UpstreamAddress::Ip(ip, _) => Some(*ip),
+            UpstreamAddress::Unix(_) => None,
+        }
+    }
+
+    /// Is the port the listener's?
+    pub fn takes_port(&self) -> bool {
+        matches!(self, UpstreamAddress::Ip(_, None))
+    }
+
+    /// Where that is for a listener on this port.
+    pub fn at(&self, port: Option<u16>) -> Address {
+        match self {
+            UpstreamAddress::Ip(ip, own) => SocketAddr::new(*ip, own.or(port).unwrap_or_default()).into(),
+            UpstreamAddress::Unix(path) => Address::Unix(Arc::clone(path)),
+        }
+    }
 }
 
 /// A `tlvs` table. `None` means "not set here".

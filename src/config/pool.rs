@@ -6,7 +6,8 @@ use super::error::Diagnostic;
 use super::file::{Element, Section, Span, Text};
 use super::listener::check_name;
 use super::{
-    Balance, HeaderFormat, OnUnhealthy, Pool, Tlvs, UdpHeader, Upstream, WhenNoneHealthy, address, health_check, tlvs,
+    Balance, HeaderFormat, OnUnhealthy, Pool, Tlvs, UdpHeader, Upstream, UpstreamAddress, WhenNoneHealthy, address,
+    health_check, tlvs,
 };
 
 /// Upstreams of one pool: its table of turns has no more places than a few for each.
@@ -66,6 +67,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
         balance: match section.word("balance") {
             "least_connections" => Balance::LeastConnections,
             "random_two" => Balance::RandomTwo,
+            "source_hash" => Balance::SourceHash,
             _ => Balance::RoundRobin,
         },
         udp_header: match section.word("udp_header") {
@@ -128,7 +130,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
         let (upstream, written) = match &element {
             Element::Table(table) => read_upstream(table, defaults),
             Element::Text(text) => {
-                let upstream = parsed(section, text).map(|(ip, port)| plain(ip, port, defaults));
+                let upstream = parsed(section, text).map(|address| plain(address, defaults));
                 (
                     upstream,
                     Some(WrittenUpstream { address: text.clone(), tlvs: None, proxy_protocol: None, unclear: false }),
@@ -136,7 +138,7 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
             }
         };
         let (Some(upstream), Some(written)) = (upstream, written) else { continue };
-        let same = |known: &Upstream| known.ip == upstream.ip && known.port == upstream.port;
+        let same = |known: &Upstream| known.address == upstream.address;
         if let Some(first) = upstreams.iter().position(same) {
             let message = format!("upstream {:?} stands twice in pool {:?}", written.address.value, section.name);
             let diagnostic = Diagnostic::error(&written.address.span, message).label("again");
@@ -150,13 +152,13 @@ fn upstreams<'a>(section: &Section<'a>, defaults: &PoolDefaults) -> (Vec<Upstrea
     (upstreams, places)
 }
 
-fn parsed(section: &Section<'_>, text: &Text<'_>) -> Option<(IpAddr, Option<u16>)> {
+fn parsed(section: &Section<'_>, text: &Text<'_>) -> Option<UpstreamAddress> {
     address::upstream(text).map_err(|diagnostic| section.note(*diagnostic)).ok()
 }
 
-fn plain(ip: IpAddr, port: Option<u16>, defaults: &PoolDefaults) -> Upstream {
+fn plain(address: UpstreamAddress, defaults: &PoolDefaults) -> Upstream {
     let (proxy_protocol, max_connections) = (defaults.proxy_protocol, defaults.max_connections);
-    Upstream { ip, port, weight: 1, backup: false, proxy_protocol, max_connections, tlvs: Tlvs::default() }
+    Upstream { address, weight: 1, backup: false, proxy_protocol, max_connections, tlvs: Tlvs::default() }
 }
 
 fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Upstream>, Option<WrittenUpstream<'a>>) {
@@ -175,8 +177,7 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     };
     let Some(text) = table.text("address") else { return (None, None) };
     let upstream = parsed(table, &text);
-    let upstream =
-        upstream.map(|(ip, port)| Upstream { ip, port, weight, backup, proxy_protocol, max_connections, tlvs });
+    let upstream = upstream.map(|address| Upstream { address, weight, backup, proxy_protocol, max_connections, tlvs });
     let unclear = table.word_is_wrong("proxy_protocol");
     let proxy_protocol = table.written("proxy_protocol");
     (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), proxy_protocol, unclear }))
@@ -194,8 +195,9 @@ fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstre
         }
     }
     for (upstream, place) in upstreams.iter().zip(places) {
-        let family = if upstream.ip.is_ipv4() { "IPv4" } else { "IPv6" };
-        if !sources.is_empty() && !sources.iter().any(|ip| ip.is_ipv4() == upstream.ip.is_ipv4()) {
+        let Some(ip) = upstream.address.ip() else { continue };
+        let family = if ip.is_ipv4() { "IPv4" } else { "IPv6" };
+        if !sources.is_empty() && !sources.iter().any(|source| source.is_ipv4() == ip.is_ipv4()) {
             let message =
                 format!("upstream {:?} cannot be reached from the addresses in \"source\"", place.address.value);
             let diagnostic = Diagnostic::error(&place.address.span, message).label(format!("an {family} address"));

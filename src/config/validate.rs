@@ -13,9 +13,10 @@ use super::listener::WrittenListener;
 use super::pool::WrittenPool;
 use super::tlvs::Levels;
 use super::{
-    Admin, AdminBind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime, address,
-    listener, pool, tlvs,
+    Admin, AdminBind, Bind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime,
+    UpstreamAddress, address, listener, pool, tlvs,
 };
+use crate::address::Address;
 
 /// The levels of the log.
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
@@ -243,44 +244,57 @@ fn tlvs_without_v2(section: &Section<'_>, whose: &str, pool: &WrittenPool<'_>) -
 fn check_loops_and_ports(file: &Section<'_>, written: &WrittenListener<'_>, pool: &WrittenPool<'_>) {
     for (upstream, place) in pool.pool.upstreams.iter().zip(&pool.upstreams) {
         for (bind, text) in written.listener.binds.iter().zip(&written.binds) {
-            let port = bind.address.port();
-            let target = SocketAddr::new(upstream.ip, upstream.port.unwrap_or(port));
-            let wildcard_loop = bind.address.ip().is_unspecified() && upstream.ip.is_loopback();
-            if upstream.port.is_none() && port == 0 {
+            let port = bind.port().filter(|port| *port != 0);
+            if upstream.address.takes_port() && port.is_none() {
                 let message = format!(
                     "upstream {:?} has no port, and listener {:?} has none to give",
                     place.address.value, written.listener.name
                 );
+                let label = if bind.port().is_some() { "port 0" } else { "no port in the file" };
                 file.note(
                     Diagnostic::error(&place.address.span, message)
-                        .also(&text.span, "port 0")
+                        .also(&text.span, label)
                         .help("write the upstream's port"),
                 );
-            } else if port != 0 && address::covers(bind, target) && (wildcard_loop || bind.address.ip() == upstream.ip)
-            {
+            } else if is_itself(bind, &upstream.address.at(port)) {
                 let message =
                     format!("upstream {:?} is listener {:?} itself", place.address.value, written.listener.name);
-                let diagnostic =
-                    Diagnostic::warning(&place.address.span, message).label(format!("connects to {target}"));
+                let diagnostic = Diagnostic::warning(&place.address.span, message)
+                    .label(format!("connects to {}", upstream.address.at(port)));
                 file.note(
                     diagnostic.also(&text.span, "which is taken here").help(
                         "such a connection comes back until the limits are reached: another port is probably meant",
                     ),
                 );
             }
-            let twin = |other: &super::Upstream| other.ip == upstream.ip && other.port == Some(port);
-            if let (None, Some(at)) = (upstream.port, pool.pool.upstreams.iter().position(twin)) {
+            let UpstreamAddress::Ip(ip, None) = upstream.address else { continue };
+            let twin = |other: &super::Upstream| matches!(other.address, UpstreamAddress::Ip(own, Some(port)) if own == ip && bind.port() == Some(port));
+            if let Some(at) = pool.pool.upstreams.iter().position(twin) {
                 let message = format!(
                     "upstream {:?} stands twice in pool {:?} for listener {:?}",
                     place.address.value, pool.pool.name, written.listener.name
                 );
+                let means = bind.port().unwrap_or_default();
                 let diagnostic =
-                    Diagnostic::error(&place.address.span, message).label(format!("means port {port} there"));
+                    Diagnostic::error(&place.address.span, message).label(format!("means port {means} there"));
                 file.note(
                     diagnostic.also(&pool.upstreams[at].address.span, "the same address").also(&text.span, "the port"),
                 );
             }
         }
+    }
+}
+
+/// Would a connection to this upstream come back to this bind?
+fn is_itself(bind: &Bind, target: &Address) -> bool {
+    match (bind, target) {
+        (Bind::Ip(bind), Address::Ip(target)) => {
+            let wildcard_loop = bind.address.ip().is_unspecified() && target.ip().is_loopback();
+            let is_same = wildcard_loop || bind.address.ip() == target.ip();
+            bind.address.port() != 0 && is_same && address::covers(bind, *target)
+        }
+        (Bind::Unix(path), Address::Unix(target)) => path == target,
+        _ => false,
     }
 }
 

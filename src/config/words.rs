@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::{
     AdminBind, Balance, Bind, CheckCommand, CheckHeader, HeaderFormat, LogConnections, LogFormat, OnUnhealthy,
-    Protocol, UdpHeader, Upstream, WhenNoneHealthy,
+    Protocol, UdpHeader, Upstream, UpstreamAddress, WhenNoneHealthy,
 };
 
 macro_rules! words {
@@ -33,6 +33,7 @@ words! {
         Balance::RoundRobin => "round_robin",
         Balance::LeastConnections => "least_connections",
         Balance::RandomTwo => "random_two",
+        Balance::SourceHash => "source_hash",
     }
     Protocol { Protocol::Tcp => "tcp", Protocol::Udp => "udp" }
     HeaderFormat { HeaderFormat::V1 => "v1", HeaderFormat::V2 => "v2", HeaderFormat::Spp => "spp" }
@@ -68,19 +69,29 @@ impl fmt::Display for AdminBind {
 
 impl fmt::Display for Bind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.any {
-            true => write!(f, ":{}", self.address.port()),
-            false => self.address.fmt(f),
+        match self {
+            Bind::Ip(bind) if bind.any => write!(f, ":{}", bind.address.port()),
+            Bind::Ip(bind) => bind.address.fmt(f),
+            Bind::Unix(path) => write!(f, "unix:{}", path.display()),
+            Bind::Inherited(name) => write!(f, "fd:{name}"),
         }
     }
 }
 
-/// Its address: `10.0.0.30:80`, or `10.0.0.30` where the port is the listener's.
+/// `10.0.0.30:80`, or `10.0.0.30` where the port is the listener's.
+impl fmt::Display for UpstreamAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            UpstreamAddress::Ip(ip, Some(port)) => std::net::SocketAddr::new(*ip, *port).fmt(f),
+            UpstreamAddress::Ip(ip, None) => ip.fmt(f),
+            UpstreamAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// Its address.
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.port {
-            Some(port) => std::net::SocketAddr::new(self.ip, port).fmt(f),
-            None => self.ip.fmt(f),
-        }
+        self.address.fmt(f)
     }
 }

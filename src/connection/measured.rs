@@ -120,6 +120,7 @@ fn upstream<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     fn times(milliseconds: u64) -> Times {
         let duration = Some(Duration::from_millis(milliseconds));
@@ -128,7 +129,8 @@ mod tests {
 
     #[test]
     fn keeps_upstreams_and_pools_apart_and_forgets_when_cleared() {
-        let lives: Vec<_> = (1..=3).map(|port| UpstreamLife::new(([127, 0, 0, 1], port).into())).collect();
+        let lives: Vec<_> =
+            (1..=3).map(|port| UpstreamLife::new(SocketAddr::from(([127, 0, 0, 1], port)).into())).collect();
         let (a, b): (Arc<str>, Arc<str>) = (Arc::from("a"), Arc::from("b"));
         let mut measured = Measured::default();
         measured.record(&a, &lives[0], times(1));
@@ -140,7 +142,7 @@ mod tests {
         let mut counts: Vec<_> = measured
             .upstreams()
             .map(|(pool, upstream)| {
-                (pool.to_owned(), upstream.life.address.port(), upstream.times.each_ref().map(Buckets::count))
+                (pool.to_owned(), upstream.life.address.port().unwrap(), upstream.times.each_ref().map(Buckets::count))
             })
             .collect();
         counts.sort();

@@ -14,6 +14,7 @@ use ulid::Ulid;
 
 use super::Shared;
 use super::measured::{Measured, Times};
+use crate::address::{Address, Client};
 use crate::config::{HeaderFormat, LogConnections};
 use crate::control::view::{self, Filter};
 use crate::drain::OpenConnection;
@@ -74,8 +75,8 @@ pub(super) struct Entry {
     /// As bytes: a `Ulid` would be aligned to 16.
     id: [u8; 16],
     listener: Arc<ListenerLife>,
-    client: SocketAddr,
-    local: Cell<SocketAddr>,
+    client: Client,
+    local: RefCell<Address>,
     pool: RefCell<Option<Arc<str>>>,
     pub(super) upstream: RefCell<Option<Arc<UpstreamLife>>>,
     bytes_in: Cell<u64>,
@@ -109,7 +110,7 @@ enum Answer {
 impl Entry {
     /// Is it one that the filter means?
     pub(super) fn fits(&self, filter: &Filter) -> bool {
-        filter.fits(&self.listener.name, self.pool.borrow().as_deref(), self.client.ip())
+        filter.fits(&self.listener.name, self.pool.borrow().as_deref(), self.client.ip().map(|client| client.ip()))
             && filter.id.as_ref().is_none_or(|id| *id == Ulid::from_bytes(self.id).to_string())
     }
 
@@ -124,9 +125,9 @@ impl Entry {
             accepted: humantime::format_rfc3339_millis(accepted).to_string(),
             listener: self.listener.name.to_string(),
             client: self.client,
-            local: self.local.get(),
+            local: self.local.borrow().clone(),
             pool: self.pool.borrow().as_deref().map(str::to_owned),
-            upstream: self.upstream.borrow().as_ref().map(|life| life.address),
+            upstream: self.upstream.borrow().as_ref().map(|life| life.address.clone()),
             age_ms: milliseconds(ended.map_or_else(|| self.started.elapsed(), |(_, duration)| duration)),
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
@@ -236,8 +237,8 @@ impl Record {
     pub fn new(
         shared: &Rc<Shared>,
         listener: &Arc<ListenerLife>,
-        client: SocketAddr,
-        local: SocketAddr,
+        client: Client,
+        local: Address,
         open: Option<OpenConnection>,
         in_source: bool,
     ) -> Record {
@@ -245,7 +246,7 @@ impl Record {
             id: new_id().to_bytes(),
             listener: Arc::clone(listener),
             client,
-            local: Cell::new(local),
+            local: RefCell::new(local),
             pool: RefCell::default(),
             upstream: RefCell::default(),
             bytes_in: Cell::default(),
@@ -282,19 +283,19 @@ impl Record {
         record
     }
 
-    /// Replaces a wildcard by the address that the client connected to.
-    pub fn set_local(&mut self, local: SocketAddr) {
-        self.entry.local.set(local);
-    }
-
     /// Who connected.
-    pub(super) fn client(&self) -> SocketAddr {
+    pub(super) fn client(&self) -> Client {
         self.entry.client
     }
 
-    /// What it connected to.
-    pub(super) fn local(&self) -> SocketAddr {
-        self.entry.local.get()
+    /// Replaces a wildcard by the address that the client connected to.
+    pub fn set_local(&mut self, local: SocketAddr) {
+        *self.entry.local.borrow_mut() = local.into();
+    }
+
+    /// Who connected, and to what, where both are IP addresses.
+    pub(super) fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        Some((self.entry.client.ip()?, self.entry.local.borrow().ip()?))
     }
 
     fn ulid(&self) -> Ulid {
@@ -359,8 +360,10 @@ impl Record {
         self.shared.registry.borrow_mut().remove(self.index);
         listener.ended(termination);
         listener.open.fetch_sub(1, Ordering::Relaxed);
-        if self.in_source {
-            listener.leave_source(self.client().ip());
+        if self.in_source
+            && let Some(client) = self.entry.client.ip()
+        {
+            listener.leave_source(client.ip());
         }
         let wanted = self.shared.with_snapshot(|snapshot| match snapshot.log_connections {
             Some(LogConnections::Off) => false,
@@ -388,17 +391,17 @@ impl Record {
     }
 
     fn log(&self, termination: Termination, duration: Duration) {
-        let pool = self.entry.pool.borrow();
-        let local = self.local();
+        let (pool, local, upstream) =
+            (self.entry.pool.borrow(), self.entry.local.borrow(), self.entry.upstream.borrow());
         let mut id = [0; ulid::ULID_LEN];
         let line = ConnectionLine {
             time: SystemTime::now(),
             id: self.id(&mut id),
             listener: &self.entry.listener.name,
-            client: self.client(),
-            local: (!local.ip().is_unspecified()).then_some(local),
+            client: self.entry.client,
+            local: (!local.is_unspecified()).then_some(&*local),
             pool: pool.as_deref(),
-            upstream: self.entry.upstream.borrow().as_ref().map(|life| life.address),
+            upstream: upstream.as_ref().map(|life| &life.address),
             header: self.header,
             bytes_in: self.entry.bytes_in.get(),
             bytes_out: self.entry.bytes_out.get(),

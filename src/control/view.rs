@@ -1,8 +1,10 @@
 //! Connections as the admin API shows them, and which of them are asked for.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
+
+use crate::address::{Address, Client};
 
 /// Which connections are meant; what is `None` does not matter.
 #[derive(Clone, Debug, Default)]
@@ -21,10 +23,10 @@ pub struct Filter {
 
 impl Filter {
     /// Is this one meant, as far as these go?
-    pub fn fits(&self, listener: &str, pool: Option<&str>, client: IpAddr) -> bool {
+    pub fn fits(&self, listener: &str, pool: Option<&str>, client: Option<IpAddr>) -> bool {
         self.listener.as_deref().is_none_or(|wanted| wanted == listener)
             && self.pool.as_deref().is_none_or(|wanted| pool == Some(wanted))
-            && self.client.is_none_or(|network| network.contains(&client))
+            && self.client.is_none_or(|network| client.is_some_and(|client| network.contains(&client)))
     }
 }
 
@@ -38,13 +40,13 @@ pub struct Connection {
     /// Name of the listener.
     pub listener: String,
     /// Who connected.
-    pub client: SocketAddr,
+    pub client: Client,
     /// What it connected to.
-    pub local: SocketAddr,
+    pub local: Address,
     /// Name of the pool; `None` before the first attempt.
     pub pool: Option<String>,
     /// The last one tried.
-    pub upstream: Option<SocketAddr>,
+    pub upstream: Option<Address>,
     /// From the accept to now, or to its end.
     pub age_ms: f64,
     /// From the client.

@@ -11,6 +11,7 @@ use tokio::task::AbortHandle;
 
 use super::probe::{self, Attempt, Outcome};
 use super::state::{State, Verdict};
+use crate::address::Address;
 use crate::config::{CheckHeader, HeaderFormat, HealthCheck, Probe};
 use crate::control;
 use crate::metrics::latency::Buckets;
@@ -225,9 +226,12 @@ async fn run(target: Target, handle: control::Handle, shared: Arc<Shared>) {
 
 /// The `turn`-th check of a target.
 fn attempt(target: &Target, turn: usize) -> Attempt {
-    let mut to = target.key.address;
-    to.set_port(target.check.port.unwrap_or(to.port()));
-    let sources: Vec<IpAddr> = target.source.iter().copied().filter(|ip| ip.is_ipv4() == to.is_ipv4()).collect();
+    let mut to = target.key.address.clone();
+    let mut sources: Vec<IpAddr> = Vec::new();
+    if let Address::Ip(to) = &mut to {
+        to.set_port(target.check.port.unwrap_or(to.port()));
+        sources.extend(target.source.iter().filter(|source| source.is_ipv4() == to.is_ipv4()));
+    }
     let is_udp = matches!(target.check.probe, Probe::Udp { .. });
     let header = match target.check.proxy_protocol {
         // No connection begins with spp: what answers TCP on that port expects none.
@@ -338,7 +342,7 @@ mod tests {
             proxy_protocol: CheckHeader::Same,
             proxy_command: CheckCommand::Local,
         };
-        let key = UpstreamKey { pool: "web".into(), address };
+        let key = UpstreamKey { pool: "web".into(), address: address.into() };
         Upstream { target: Target { key, check, header: None, source: vec![] }, status, accepted }
     }
 

@@ -9,12 +9,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 
 use super::state::{Verdict, is_late};
+use crate::address::Address;
 use crate::config::{CheckCommand, HeaderFormat, HealthCheck, Probe};
-use crate::net::check::{self, Touch};
+use crate::net::check::{self, Connection, Touch};
 use crate::proxy_protocol::{Addresses, Command, Header, Transport, Version, spp};
 
 /// Of an answer this much is looked at, and this much is read before a close.
@@ -27,7 +27,7 @@ pub const CLOSE_TIME_MAX: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Attempt {
     /// Where it connects.
-    pub to: SocketAddr,
+    pub to: Address,
     /// From which address; `None`: the kernel's choice.
     pub source: Option<IpAddr>,
     /// Which header it sends first.
@@ -115,14 +115,14 @@ async fn ask(attempt: &Attempt, started: Instant, probe: &Probe) -> Result<Strin
     }
 }
 
-async fn connected(attempt: &Attempt, started: Instant) -> Result<TcpStream, Failure> {
-    let connecting = timeout_at((started + attempt.timeout).into(), check::connect(attempt.to, attempt.source));
+async fn connected(attempt: &Attempt, started: Instant) -> Result<Connection, Failure> {
+    let connecting = timeout_at((started + attempt.timeout).into(), check::connect(&attempt.to, attempt.source));
     Ok(connecting.await.map_err(|_| Failure::NotConnected(attempt.timeout))??)
 }
 
 /// Connects and sends nothing at all, if possible without a trace at the upstream.
 async fn touch(attempt: &Attempt, started: Instant) -> Result<String, Failure> {
-    let touching = timeout_at((started + attempt.timeout).into(), check::touch(attempt.to, attempt.source));
+    let touching = timeout_at((started + attempt.timeout).into(), check::touch(&attempt.to, attempt.source));
     match touching.await.map_err(|_| Failure::NotConnected(attempt.timeout))?? {
         Touch::NoTrace => {}
         Touch::Seen(stream) => drop(tokio::spawn(close(stream, Remaining::Nothing))),
@@ -131,20 +131,24 @@ async fn touch(attempt: &Attempt, started: Instant) -> Result<String, Failure> {
 }
 
 /// The header that goes before everything else of this check; empty without one. Never TLVs, never PROXY with UNSPEC:
-/// half of the receivers refuse that, and LOCAL with addresses too.
-fn header_bytes(attempt: &Attempt, transport: Transport, (local, peer): (SocketAddr, SocketAddr)) -> Vec<u8> {
+/// half of the receivers refuse that, and LOCAL with addresses too. A UNIX socket has no addresses that could be told:
+/// v2 says LOCAL there, v1 UNKNOWN, whatever the command.
+fn header_bytes(attempt: &Attempt, transport: Transport, ends: Option<(SocketAddr, SocketAddr)>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let version = match attempt.header {
-        None => return bytes,
-        Some(HeaderFormat::Spp) => {
+    let version = match (attempt.header, ends) {
+        (None, _) | (Some(HeaderFormat::Spp), None) => return bytes,
+        (Some(HeaderFormat::Spp), Some((local, peer))) => {
             spp::encode(&mut bytes, local, peer);
             return bytes;
         }
-        Some(HeaderFormat::V1) => Version::V1,
-        Some(HeaderFormat::V2) => Version::V2,
+        (Some(HeaderFormat::V1), _) => Version::V1,
+        (Some(HeaderFormat::V2), _) => Version::V2,
     };
-    let own = Addresses::inet(local, peer, transport);
-    header(version, attempt.command, own).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
+    let (command, own) = match ends {
+        Some((local, peer)) => (attempt.command, Addresses::inet(local, peer, transport)),
+        None => (CheckCommand::Unknown, Addresses::Unknown),
+    };
+    header(version, command, own).encode(&mut bytes).expect("neither TLVs nor LOCAL with v1");
     bytes
 }
 
@@ -169,7 +173,7 @@ enum Remaining {
 
 /// Sends FIN and waits a little for the upstream's: a receiver that reads LOCAL and then a reset logs an error, or dies
 /// of it (Postfix's smtpd). What goes wrong here is of no interest, the verdict is given.
-async fn close(mut stream: TcpStream, remaining: Remaining) {
+async fn close(mut stream: Connection, remaining: Remaining) {
     if remaining == Remaining::Body {
         read_to_end(&mut stream).await;
     }
@@ -179,7 +183,7 @@ async fn close(mut stream: TcpStream, remaining: Remaining) {
 }
 
 /// Reads until the upstream closes, or one of the limits is reached.
-async fn read_to_end(stream: &mut TcpStream) {
+async fn read_to_end(stream: &mut Connection) {
     let reading = async {
         let mut rest = stream.take(ANSWER_BYTES_MAX as u64);
         let _ = tokio::io::copy(&mut rest, &mut tokio::io::sink()).await;
@@ -225,7 +229,7 @@ mod tests {
 
     async fn listening() -> (TcpListener, Attempt) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let to = listener.local_addr().unwrap();
+        let to = Address::Ip(listener.local_addr().unwrap());
         let timeout = Duration::from_secs(60);
         (listener, Attempt { to, source: None, header: None, command: CheckCommand::Local, timeout })
     }
@@ -323,7 +327,7 @@ mod tests {
             let (mut stream, peer) = listener.accept().await.unwrap();
             let mut seen = String::new();
             stream.read_to_string(&mut seen).await.unwrap();
-            let to = attempt.to;
+            let to = attempt.to.ip().unwrap();
             assert_eq!(seen, format!("PROXY TCP4 127.0.0.7 {} {} {}\r\n", to.ip(), peer.port(), to.port()));
         };
         let (outcome, ()) = tokio::join!(asked(&attempt, tcp("", "")), upstream);
@@ -393,9 +397,10 @@ mod tests {
         let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         full.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
         full.listen(0).unwrap();
-        attempt.to = full.local_addr().unwrap().as_socket().unwrap();
+        let address = full.local_addr().unwrap().as_socket().unwrap();
+        attempt.to = Address::Ip(address);
         attempt.timeout = Duration::from_millis(50);
-        let _queued = std::net::TcpStream::connect(attempt.to).unwrap();
+        let _queued = std::net::TcpStream::connect(address).unwrap();
         for check in [tcp("", ""), tcp("x", ""), http()] {
             assert_eq!(asked_in_time(&attempt, check).await, failed("not connected within 50ms"));
         }

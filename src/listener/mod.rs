@@ -2,18 +2,20 @@
 
 pub mod udp;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
+use crate::address::Address;
 use crate::connection::{self, Record, Shared};
 use crate::net::{self, Accepted, Listening, Stream};
 use crate::snapshot::Listener;
@@ -31,14 +33,33 @@ pub struct Acceptor {
     /// The socket.
     pub listening: Listening,
     /// What the socket is bound to.
-    pub bound: SocketAddr,
+    pub bound: Address,
     /// Under which its listener stands in the snapshot.
     pub slot: usize,
     /// Notified when the address is no longer served.
     pub retire: Notify,
+    /// Set before: another process goes on accepting from this very socket.
+    pub handed_over: Cell<bool>,
 }
 
-/// Accepts until retired, then serves what was queued and closes.
+/// Another descriptor of a listener's socket.
+pub struct Lent {
+    /// Under which its listener stands in the snapshot.
+    pub slot: usize,
+    /// What the socket is bound to.
+    pub bound: Address,
+    /// The descriptor.
+    pub socket: Socket,
+}
+
+impl Acceptor {
+    /// Another descriptor of the socket.
+    pub fn lend(&self) -> io::Result<Lent> {
+        Ok(Lent { slot: self.slot, bound: self.bound.clone(), socket: self.listening.lend()? })
+    }
+}
+
+/// Accepts until retired, then serves what was queued and closes. A socket that was handed over is left as it is.
 pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<Listener>) {
     let mut is_short = false;
     loop {
@@ -64,6 +85,10 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
                 sleep(SHORTAGE_REST).await;
             }
         }
+    }
+    if acceptor.handed_over.get() {
+        // What is queued is the other process's, and so are the handshakes.
+        return;
     }
     if let Err(error) = acceptor.listening.refuse_handshakes() {
         tracing::debug!(event = "retire", listener = &*listener.life.name, reason = %error, "no filter on the socket");
@@ -102,30 +127,31 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, acceptor: &Acceptor, listener:
     let others = life.open.fetch_add(1, Ordering::Relaxed) as usize;
     let open = shared.open.open(shared.with_snapshot(|snapshot| snapshot.connections_max));
     let mut in_source = false;
-    let refusal = if !listener.allows(client.ip()) {
+    let source = client.ip().map(|client| client.ip());
+    let refusal = if source.is_some_and(|source| !listener.allows(source)) {
         Some(Termination::Denied)
     } else if open.is_none() {
         Some(Termination::ProcessFull)
     } else if config.max_connections > 0 && others >= config.max_connections {
         Some(Termination::ListenerFull)
-    } else if config.max_connections_per_source > 0 {
-        in_source = life.enter_source(client.ip(), config.max_connections_per_source);
+    } else if let (Some(source), 1..) = (source, config.max_connections_per_source) {
+        in_source = life.enter_source(source, config.max_connections_per_source);
         (!in_source).then_some(Termination::SourceFull)
     } else {
         None
     };
-    let mut record = Record::new(shared, life, client, acceptor.bound, open, in_source);
+    let mut record = Record::new(shared, life, client, acceptor.bound.clone(), open, in_source);
     if let Some(termination) = refusal {
         net::stream::reset(accepted.fd);
         record.end(termination);
         return;
     }
-    let Ok(stream) = Stream::new(accepted.fd) else {
+    let Ok(stream) = Stream::new(accepted) else {
         record.end(Termination::LocalResources);
         return;
     };
     // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
-    if acceptor.bound.ip().is_unspecified() {
+    if acceptor.bound.is_unspecified() {
         match stream.local_address() {
             Ok(local) => record.set_local(local),
             // The client is gone already, and with it the address.

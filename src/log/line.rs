@@ -4,6 +4,7 @@ use std::fmt::{self, Display, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
+use crate::address::{Address, Client};
 use crate::config::LogFormat;
 use crate::termination::Termination;
 
@@ -67,6 +68,15 @@ impl Line {
         }
     }
 
+    fn address_or_nothing(&mut self, key: &str, value: Option<&Address>) {
+        match value {
+            Some(Address::Ip(address)) => self.plain(key, address),
+            // A path may have anything in it.
+            Some(address @ Address::Unix(_)) => self.string(key, &address.to_string()),
+            None => self.nothing(key),
+        }
+    }
+
     fn milliseconds_or_nothing(&mut self, key: &str, value: Option<Duration>) {
         match value {
             Some(value) => self.number(key, Milliseconds(value)),
@@ -113,13 +123,13 @@ pub struct ConnectionLine<'a> {
     /// Name of the listener.
     pub listener: &'a str,
     /// Who connected.
-    pub client: SocketAddr,
+    pub client: Client,
     /// The address it connected to.
-    pub local: Option<SocketAddr>,
+    pub local: Option<&'a Address>,
     /// Name of the pool.
     pub pool: Option<&'a str>,
     /// The last upstream that was tried.
-    pub upstream: Option<SocketAddr>,
+    pub upstream: Option<&'a Address>,
     /// "v1", "v2", or "off" where that upstream gets none.
     pub header: Option<&'a str>,
     /// From the client to the upstream, without the header.
@@ -153,12 +163,12 @@ fn ended_line(format: LogFormat, event: &str, connection: &ConnectionLine, datag
     line.plain("id", connection.id);
     line.string("listener", connection.listener);
     line.plain("client", connection.client);
-    line.plain_or_nothing("local", connection.local);
+    line.address_or_nothing("local", connection.local);
     match connection.pool {
         Some(pool) => line.string("pool", pool),
         None => line.nothing("pool"),
     }
-    line.plain_or_nothing("upstream", connection.upstream);
+    line.address_or_nothing("upstream", connection.upstream);
     line.plain_or_nothing("header", connection.header);
     line.number("bytes_in", connection.bytes_in);
     line.number("bytes_out", connection.bytes_out);
@@ -176,28 +186,15 @@ fn ended_line(format: LogFormat, event: &str, connection: &ConnectionLine, datag
 
 /// The line of a session that begins, its newline included.
 pub fn session_start_line(format: LogFormat, time: SystemTime, id: &str, listener: &str, client: SocketAddr) -> String {
-    start_line(format, "session_start", time, id, listener, client)
+    start_line(format, "session_start", time, id, listener, client.into())
 }
 
 /// The line of a connection that begins (`log.connections = "start_and_end"`), its newline included.
-pub fn connection_start_line(
-    format: LogFormat,
-    time: SystemTime,
-    id: &str,
-    listener: &str,
-    client: SocketAddr,
-) -> String {
+pub fn connection_start_line(format: LogFormat, time: SystemTime, id: &str, listener: &str, client: Client) -> String {
     start_line(format, "connection_start", time, id, listener, client)
 }
 
-fn start_line(
-    format: LogFormat,
-    event: &str,
-    time: SystemTime,
-    id: &str,
-    listener: &str,
-    client: SocketAddr,
-) -> String {
+fn start_line(format: LogFormat, event: &str, time: SystemTime, id: &str, listener: &str, client: Client) -> String {
     let mut line = Line::new(format, time, "info", event);
     line.plain("id", id);
     line.string("listener", listener);
@@ -252,20 +249,25 @@ fn is_line_break(character: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
     fn at_noon() -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_235_880_123)
     }
+
+    static LOCAL: Address =
+        Address::Ip(SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)), 80));
+    static UPSTREAM: Address = Address::Ip(SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 30)), 80));
 
     fn whole() -> ConnectionLine<'static> {
         ConnectionLine {
             time: at_noon(),
             id: "01KAJ4C0ZJ7Q0V3M8X2T5R9WBE",
             listener: "web",
-            client: "203.0.113.7:51234".parse().unwrap(),
-            local: Some("[2001:db8::1]:80".parse().unwrap()),
+            client: Client::Ip("203.0.113.7:51234".parse().unwrap()),
+            local: Some(&LOCAL),
             pool: Some("ingress"),
-            upstream: Some("10.0.0.30:80".parse().unwrap()),
+            upstream: Some(&UPSTREAM),
             header: Some("v2"),
             bytes_in: 78,
             bytes_out: u64::MAX,

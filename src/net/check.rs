@@ -4,11 +4,17 @@
 use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UdpSocket, UnixStream};
+
+use crate::address::Address;
 
 /// How a connect that has nothing to send was ended.
 #[derive(Debug)]
@@ -16,12 +22,77 @@ pub enum Touch {
     /// Reset before the kernel acknowledged the upstream's SYN-ACK: the upstream's `accept` never returns it.
     NoTrace,
     /// The acknowledgement had gone out already, so the upstream accepts it: the caller must close with FIN.
-    Seen(TcpStream),
+    Seen(Connection),
+}
+
+/// A connection of a check.
+#[derive(Debug)]
+pub enum Connection {
+    /// To an IP address.
+    Tcp(TcpStream),
+    /// To a UNIX socket.
+    Unix(UnixStream),
+}
+
+impl Connection {
+    /// Its addresses, this side's first; a UNIX socket has none.
+    pub fn ends(&self) -> io::Result<Option<(SocketAddr, SocketAddr)>> {
+        match self {
+            Connection::Tcp(stream) => Ok(Some((stream.local_addr()?, stream.peer_addr()?))),
+            Connection::Unix(_) => Ok(None),
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Connection::Tcp(stream) => stream.as_fd(),
+            Connection::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Connection::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Connection::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Nothing is held back on this side of the kernel.
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Connection::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
 }
 
 /// Connects from `source`, or from the kernel's choice. Cancel it by dropping the future.
-pub async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
-    established(begin(to, source, Acknowledge::AtOnce)?).await
+pub async fn connect(to: &Address, source: Option<IpAddr>) -> io::Result<Connection> {
+    match to {
+        Address::Ip(to) => Ok(Connection::Tcp(established(begin(*to, source, Acknowledge::AtOnce)?).await?)),
+        Address::Unix(path) => connect_unix(path),
+    }
+}
+
+fn connect_unix(path: &Path) -> io::Result<Connection> {
+    Ok(Connection::Unix(UnixStream::from_std(super::unix::connect(path)?.into())?))
 }
 
 /// Connects and, where the kernel has not acknowledged yet, resets: the upstream's kernel answered, its program never
@@ -31,10 +102,16 @@ pub async fn connect(to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpSt
 /// data goes with it. A reset until then meets a half-open connection. Whether the ACK is still held back is not
 /// guessed from the time that passed but read from the socket: it has sent nothing but its SYNs.
 /// No `await` stands between seeing the socket writable and closing it.
-pub async fn touch(to: SocketAddr, source: Option<IpAddr>) -> io::Result<Touch> {
+///
+/// A UNIX socket has no handshake: what is connected will be accepted.
+pub async fn touch(to: &Address, source: Option<IpAddr>) -> io::Result<Touch> {
+    let to = match to {
+        Address::Ip(to) => *to,
+        Address::Unix(path) => return connect_unix(path).map(Touch::Seen),
+    };
     let stream = established(begin(to, source, Acknowledge::WithData)?).await?;
     if has_acknowledged(&stream)? {
-        return Ok(Touch::Seen(stream));
+        return Ok(Touch::Seen(Connection::Tcp(stream)));
     }
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     drop(stream);
@@ -55,7 +132,7 @@ pub fn datagram(to: SocketAddr, source: Option<IpAddr>) -> io::Result<UdpSocket>
 }
 
 /// Queues bytes that leave together with the next ones written, in one segment.
-pub fn send_with_next(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+pub fn send_with_next(stream: &Connection, bytes: &[u8]) -> io::Result<()> {
     let sent = SockRef::from(stream).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)?;
     if sent < bytes.len() {
         return Err(io::ErrorKind::WriteZero.into());
@@ -147,8 +224,9 @@ mod tests {
     async fn a_touch_is_never_accepted() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let (listener, address) = listening(address);
+            let to = Address::Ip(address);
             for _ in 0..100 {
-                assert!(matches!(touch(address, None).await.unwrap(), Touch::NoTrace));
+                assert!(matches!(touch(&to, None).await.unwrap(), Touch::NoTrace));
                 assert_nothing_to_accept(&listener);
             }
             // The proof that this listener does accept, and that nothing older was in its queue.
@@ -187,11 +265,12 @@ mod tests {
     async fn connects_from_the_source_address() {
         for (listen, source) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {
             let (listener, address) = listening(listen);
-            let stream = connect(address, Some(source.parse().unwrap())).await.unwrap();
+            let to = Address::Ip(address);
+            let stream = connect(&to, Some(source.parse().unwrap())).await.unwrap();
             let (_, peer) = listener.accept().unwrap();
-            assert_eq!(peer, stream.local_addr().unwrap());
+            assert_eq!(peer, stream.ends().unwrap().unwrap().0);
             assert_eq!(peer.ip(), source.parse::<IpAddr>().unwrap());
-            assert!(matches!(touch(address, Some(source.parse().unwrap())).await.unwrap(), Touch::NoTrace));
+            assert!(matches!(touch(&to, Some(source.parse().unwrap())).await.unwrap(), Touch::NoTrace));
             assert_nothing_to_accept(&listener);
         }
     }
@@ -220,11 +299,12 @@ mod tests {
     async fn a_refusal_is_the_upstreams_and_a_missing_address_is_ours() {
         let (listener, address) = listening("127.0.0.1:0");
         drop(listener);
-        let refused = touch(address, None).await.unwrap_err();
+        let address = Address::Ip(address);
+        let refused = touch(&address, None).await.unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         assert!(!is_local(&refused));
         // TEST-NET-2 is on no machine.
-        let unknown = touch(address, Some("198.51.100.1".parse().unwrap())).await.unwrap_err();
+        let unknown = touch(&address, Some("198.51.100.1".parse().unwrap())).await.unwrap_err();
         assert!(is_local(&unknown), "{unknown}");
         assert!(!is_local(&io::ErrorKind::ConnectionRefused.into()));
     }

@@ -7,10 +7,12 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use rustix::net::{SocketAddrAny, SocketFlags, acceptfrom_with};
+use rustix::net::{AddressFamily, SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::address::Client;
 
 /// Connections waiting to be accepted, per socket; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -42,6 +44,13 @@ pub fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
+/// A socket that an earlier process bound, and that goes on listening here.
+pub fn adopt(descriptor: OwnedFd, keepalive: Option<Duration>) -> io::Result<Socket> {
+    let socket = Socket::from(descriptor);
+    set_keepalive(&socket, keepalive)?;
+    Ok(socket)
+}
+
 fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
     match keepalive {
         Some(idle) => socket.set_tcp_keepalive(&super::keepalive(idle)),
@@ -69,8 +78,8 @@ fn open(options: &BindOptions, reuse_port: bool) -> io::Result<Socket> {
 pub struct Accepted {
     /// The connection, non-blocking.
     pub fd: OwnedFd,
-    /// The client's address; IPv4 in its own form on a dual-stack socket.
-    pub client: SocketAddr,
+    /// Who connected; IPv4 in its own form on a dual-stack socket.
+    pub client: Client,
 }
 
 /// A listening socket in a worker's event loop.
@@ -97,6 +106,11 @@ impl Listening {
                 result => return Poll::Ready(result),
             }
         }
+    }
+
+    /// Another descriptor of the same socket.
+    pub fn lend(&self) -> io::Result<Socket> {
+        self.socket.get_ref().try_clone()
     }
 
     /// Connections accepted from now on use this keepalive; `None`: off.
@@ -141,10 +155,15 @@ fn filter(code: u32, jt: u8, jf: u8, k: u32) -> libc::sock_filter {
 
 fn accept(socket: &Socket) -> io::Result<Accepted> {
     let (fd, client) = acceptfrom_with(socket.as_fd(), SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
-    let client = client
-        .and_then(|client: SocketAddrAny| SocketAddr::try_from(client).ok())
-        .ok_or_else(|| io::Error::other("accepted a connection without an IP address"))?;
-    Ok(Accepted { fd, client: super::canonical(client) })
+    let client = match client {
+        Some(client) if client.address_family() != AddressFamily::UNIX => {
+            let client = SocketAddr::try_from(client).map_err(|_| io::Error::other("accepted from no IP address"))?;
+            Client::Ip(super::canonical(client))
+        }
+        // A UNIX client has no name, or one that says nothing.
+        _ => Client::Unix,
+    };
+    Ok(Accepted { fd, client })
 }
 
 #[cfg(test)]
@@ -180,7 +199,7 @@ mod tests {
         assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
         for client in &clients {
             let accepted = poll_fn(|cx| listening.poll_accept(cx)).await.unwrap();
-            assert_eq!(accepted.client, client.local_addr().unwrap());
+            assert_eq!(accepted.client, Client::Ip(client.local_addr().unwrap()));
         }
         assert_eq!(listening.try_accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }

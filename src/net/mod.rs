@@ -2,10 +2,12 @@
 
 pub mod check;
 pub mod datagram;
+pub mod handover;
 pub mod limits;
 pub mod listen;
 pub mod splice;
 pub mod stream;
+pub mod unix;
 
 use std::io;
 use std::mem::{self, MaybeUninit};

@@ -1,4 +1,4 @@
-//! One TCP connection in a worker's event loop, with the few operations that the data path needs.
+//! One TCP or UNIX connection in a worker's event loop, with the few operations that the data path needs.
 
 use std::cell::Cell;
 use std::future::Future;
@@ -15,9 +15,11 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::listen::Accepted;
 use super::splice::Pipe;
+use crate::address::{Address, Client};
 
-/// A connected (or connecting) non-blocking TCP socket.
+/// A connected (or connecting) non-blocking stream socket.
 #[derive(Debug)]
 pub struct Stream {
     fd: AsyncFd<Socket>,
@@ -30,6 +32,8 @@ struct Socket {
     nodelay: Cell<NoDelay>,
     /// Seconds until the first probe, to be set by `keep_alive`; 0: off, or inherited from the listener.
     keepalive_secs: Cell<u16>,
+    /// A UNIX socket has none of TCP's options.
+    is_unix: bool,
 }
 
 /// When TCP_NODELAY is to be set. Only a second write can be held back by Nagle's algorithm.
@@ -94,8 +98,13 @@ pub type ErrorWatch<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
 impl Stream {
     /// Takes an accepted, non-blocking socket into the current runtime. TCP_NODELAY and keepalive are the listener's.
-    pub fn new(fd: OwnedFd) -> io::Result<Stream> {
-        Stream::register(Socket { fd, nodelay: Cell::new(NoDelay::Set), keepalive_secs: Cell::new(0) })
+    pub fn new(accepted: Accepted) -> io::Result<Stream> {
+        let Accepted { fd, client } = accepted;
+        Stream::without_options(fd, client == Client::Unix)
+    }
+
+    fn without_options(fd: OwnedFd, is_unix: bool) -> io::Result<Stream> {
+        Stream::register(Socket { fd, nodelay: Cell::new(NoDelay::Set), keepalive_secs: Cell::new(0), is_unix })
     }
 
     fn register(socket: Socket) -> io::Result<Stream> {
@@ -105,7 +114,14 @@ impl Stream {
     }
 
     /// Starts to connect; `connected` tells the outcome, `keep_alive` starts keepalive probes.
-    pub fn connect(address: SocketAddr, options: &ConnectOptions) -> io::Result<(Stream, Handshake)> {
+    pub fn connect(address: &Address, options: &ConnectOptions) -> io::Result<(Stream, Handshake)> {
+        match address {
+            Address::Ip(address) => Stream::connect_ip(*address, options),
+            Address::Unix(path) => Ok((Stream::without_options(super::unix::connect(path)?, true)?, Handshake::Begun)),
+        }
+    }
+
+    fn connect_ip(address: SocketAddr, options: &ConnectOptions) -> io::Result<(Stream, Handshake)> {
         let socket = socket2::Socket::new(
             Domain::for_address(address),
             Type::STREAM.nonblocking().cloexec(),
@@ -131,6 +147,7 @@ impl Stream {
             fd: OwnedFd::from(socket),
             nodelay: Cell::new(NoDelay::BeforeSecondWrite),
             keepalive_secs: Cell::new(keepalive_secs),
+            is_unix: false,
         })?;
         Ok((stream, handshake))
     }
@@ -179,7 +196,7 @@ impl Stream {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
             match rustix::net::recv(self.fd.get_ref(), &mut *buffer, RecvFlags::empty()) {
                 Ok((_, count)) => {
-                    if count > 0 && count < buffer.len() && !self.has_urgent_data() {
+                    if count > 0 && count < buffer.len() && !self.may_stop_short() {
                         ready.clear_ready();
                     }
                     return Poll::Ready(Ok(count));
@@ -189,6 +206,11 @@ impl Stream {
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
         }
+    }
+
+    /// May a read return less than there is? One of a UNIX socket ends after descriptors that came along with bytes.
+    fn may_stop_short(&self) -> bool {
+        self.fd.get_ref().is_unix || self.has_urgent_data()
     }
 
     /// Fills an empty pipe from the socket, at most with what it can hold; 0 is the end of the stream.
@@ -281,12 +303,17 @@ impl Stream {
         Ok(rustix::net::shutdown(self.fd.get_ref(), Shutdown::Write)?)
     }
 
-    /// Bytes written that the peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say.
+    /// Bytes written that the peer has not acknowledged (SIOCOUTQ); `None` if the kernel does not say. What was written
+    /// to a UNIX socket is in its peer's queue already, and stays there whatever becomes of the connection.
     pub fn unacknowledged(&self) -> Option<usize> {
+        if self.fd.get_ref().is_unix {
+            return Some(0);
+        }
         unacknowledged(self.fd.get_ref())
     }
 
-    /// Closes with RST as soon as it is dropped: the peer must not take what it got for the whole.
+    /// Closes with RST as soon as it is dropped: the peer must not take what it got for the whole. A UNIX socket knows
+    /// no reset: its peer gets ECONNRESET if it had sent something that was not read, and else the end of the stream.
     pub fn reset_when_closed(&self) {
         // Should the option fail, the socket is closed with FIN: there is no other way to send a reset.
         let _ = SockRef::from(&self.fd).set_linger(Some(Duration::ZERO));

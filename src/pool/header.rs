@@ -60,20 +60,29 @@ impl HeaderPlan {
         Ok(plan)
     }
 
-    /// Appends the header of one connection; nothing when there is no header. `id` is the connection's ULID.
+    /// Appends the header of one connection; nothing when there is no header. `ends` are the client and the address that
+    /// it connected to; `None`: it came over a UNIX socket, and the header says that there is nobody to tell of. `id` is
+    /// the connection's ULID.
     pub fn encode(
         &self,
-        client: SocketAddr,
-        local: SocketAddr,
+        ends: Option<(SocketAddr, SocketAddr)>,
         transport: Transport,
         id: &str,
         out: &mut Vec<u8>,
     ) -> Result<(), EncodeError> {
-        let addresses = Addresses::inet(client, local, transport);
+        // PROXY protocol, section 2.2: LOCAL comes with UNSPEC and no addresses, and the receiver takes the connection's
+        // own; its length still counts the TLVs. Section 2.1: v1 says UNKNOWN.
+        let (command, addresses) = match ends {
+            Some((client, local)) => (Command::Proxy, Addresses::inet(client, local, transport)),
+            None => (Command::Local, Addresses::Unknown),
+        };
         match self.format {
             None => Ok(()),
             Some(HeaderFormat::Spp) => {
-                spp::encode(out, client, local);
+                // Of datagrams alone, and those have addresses.
+                if let Some((client, local)) = ends {
+                    spp::encode(out, client, local);
+                }
                 Ok(())
             }
             Some(HeaderFormat::V1) => v1::encode(out, &addresses),
@@ -87,14 +96,16 @@ impl HeaderPlan {
                 } else {
                     &[]
                 };
-                let pieces = [&self.head, unique_id, &self.middle, self.endpoint_of(client.ip()), &self.tail];
-                v2::encode_with(out, Command::Proxy, &addresses, &pieces)
+                let client = ends.map(|(client, _)| client.ip());
+                let pieces = [&self.head, unique_id, &self.middle, self.endpoint_of(client), &self.tail];
+                v2::encode_with(out, command, &addresses, &pieces)
             }
         }
     }
 
-    fn endpoint_of(&self, client: IpAddr) -> &[u8] {
-        self.endpoints.iter().find(|(network, _)| network.contains(&client)).map_or(&self.endpoint, |(_, tlv)| tlv)
+    fn endpoint_of(&self, client: Option<IpAddr>) -> &[u8] {
+        let contains = |network: &IpNet| client.is_some_and(|client| network.contains(&client));
+        self.endpoints.iter().find(|(network, _)| contains(network)).map_or(&self.endpoint, |(_, tlv)| tlv)
     }
 }
 
@@ -112,8 +123,8 @@ mod tests {
     fn header(plan: &HeaderPlan, client: &str) -> Header {
         let mut bytes = Vec::new();
         let id = "01JD5M4Z9Q8V6T7R5P3N1K0H2G";
-        plan.encode(client.parse().unwrap(), "203.0.113.7:80".parse().unwrap(), Transport::Stream, id, &mut bytes)
-            .unwrap();
+        let ends = (client != "unix").then(|| (client.parse().unwrap(), "203.0.113.7:80".parse().unwrap()));
+        plan.encode(ends, Transport::Stream, id, &mut bytes).unwrap();
         match decode(&bytes).unwrap() {
             Decoded::Complete { header, .. } => header,
             incomplete => panic!("{incomplete:?}"),
@@ -154,8 +165,22 @@ mod tests {
         assert!(header(&v1, "10.0.0.1:5").tlvs.is_empty());
         let mut bytes = Vec::new();
         let none = HeaderPlan::new(None, &tlvs).unwrap();
-        none.encode("10.0.0.1:5".parse().unwrap(), "10.0.0.2:80".parse().unwrap(), Transport::Stream, "", &mut bytes)
-            .unwrap();
+        let ends = ("10.0.0.1:5".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        none.encode(Some(ends), Transport::Stream, "", &mut bytes).unwrap();
         assert!(bytes.is_empty());
+    }
+
+    #[test]
+    fn a_client_without_an_address_is_local_or_unknown() {
+        let tlvs = Tlvs { vpce_id: Some("vpce-1".into()), unique_id: Some(true), ..Tlvs::default() };
+        let v2 = header(&HeaderPlan::new(Some(HeaderFormat::V2), &tlvs).unwrap(), "unix");
+        assert_eq!((v2.command, &v2.addresses), (Command::Local, &Addresses::Unknown));
+        assert_eq!(v2.tlvs.iter().map(Tlv::kind).collect::<Vec<_>>(), [0x05, 0xEA], "they are about the connection");
+        let mut bytes = Vec::new();
+        HeaderPlan::new(Some(HeaderFormat::V1), &tlvs)
+            .unwrap()
+            .encode(None, Transport::Stream, "", &mut bytes)
+            .unwrap();
+        assert_eq!(bytes, b"PROXY UNKNOWN\r\n");
     }
 }

@@ -1,16 +1,16 @@
 //! What of an upstream outlives a reload: its open connections and counters.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use super::rejection::{self, Rejection};
+use crate::address::Address;
 
 /// What of an upstream outlives every change but its removal. Shared by all workers; key: pool and address.
 #[derive(Debug)]
 pub struct UpstreamLife {
     /// Where connections go.
-    pub address: SocketAddr,
+    pub address: Address,
     /// Connections open now, connecting ones included.
     pub open: AtomicU32,
     /// Failed connects in a row, over all workers.
@@ -49,7 +49,7 @@ pub struct Lease {
 
 impl UpstreamLife {
     /// A new one: nothing open, nothing counted.
-    pub fn new(address: SocketAddr) -> Arc<UpstreamLife> {
+    pub fn new(address: Address) -> Arc<UpstreamLife> {
         Arc::new(UpstreamLife {
             address,
             open: AtomicU32::new(0),

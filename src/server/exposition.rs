@@ -1,13 +1,13 @@
 //! The metrics: what the control thread and the lives know, as Prometheus families.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::SystemTime;
 
+use crate::address::Address;
 use crate::config::{HeaderFormat, Protocol};
 use crate::connection::measured::KINDS;
 use crate::metrics::Families;
@@ -37,10 +37,10 @@ impl State {
         self.listener_families(&mut families);
         self.session_families(&mut families);
         let snapshot = self.snapshot.load();
-        let mut upstreams: BTreeMap<(&str, SocketAddr), &Upstream> = BTreeMap::new();
+        let mut upstreams: BTreeMap<(&str, &Address), &Upstream> = BTreeMap::new();
         for pool in snapshot.pools.values() {
             for upstream in &pool.upstreams {
-                upstreams.insert((&pool.name, upstream.life.address), upstream);
+                upstreams.insert((&pool.name, &upstream.life.address), upstream);
             }
         }
         let upstreams: Vec<Labelled> = upstreams
@@ -49,7 +49,7 @@ impl State {
                 pool,
                 address: address.to_string(),
                 upstream,
-                key: UpstreamKey { pool: pool.to_owned(), address },
+                key: UpstreamKey { pool: pool.to_owned(), address: address.clone() },
             })
             .collect();
         self.pool_families(&mut families, &snapshot);

@@ -1,6 +1,7 @@
 //! The control thread: it starts everything, is the one writer of the snapshot, and ends everything.
 
 pub mod watch;
+mod admin_side;
 mod exposition;
 mod history;
 mod look;
@@ -11,6 +12,7 @@ pub mod speed;
 mod state;
 mod status;
 mod suspicion;
+pub mod upgrade;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -22,31 +24,34 @@ use arc_swap::ArcSwap;
 use tokio::runtime::LocalOptions;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
-use crate::admin::{self, Listener, announce};
+use crate::admin::{self, announce};
+use crate::config::Config;
 use crate::config::error::Style;
-use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
-use crate::drain::{OpenConnections, Stop, StopSource};
+use crate::drain::OpenConnections;
 use crate::log;
 use crate::net;
 use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
+use admin_side::AdminSide;
 use history::History;
 use slowness::SlowUpstreams;
 use state::{LogLevel, State};
+use upgrade::{Inherited, Program, Taken};
 use watch::{ContentHash, Watch};
 
 /// Connections that are reset at the end have this long to be counted and logged.
 const LAST_RESETS: Duration = Duration::from_secs(1);
 
 /// Serves the configuration in `path` until told to stop. Errors are for a person: what, where, what to do.
-pub fn run(path: PathBuf) -> anyhow::Result<()> {
+/// `program`: what an upgrade starts in this process's place; without one there is no upgrade.
+pub fn run(path: PathBuf, program: Option<Program>) -> anyhow::Result<()> {
+    let inherited = Inherited::of_this_process()?;
     let content = watch::read(&path).with_context(|| {
         format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
     })?;
@@ -54,38 +59,48 @@ pub fn run(path: PathBuf) -> anyhow::Result<()> {
     let log = log::init(parsed.config.log.format, &parsed.config.log.level)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let warnings = parsed.warnings.render(Style::Plain);
-    let outcome = runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone()));
+    let file = LoadedFile { path, text, warnings, hash: ContentHash::of(&content) };
+    let outcome = runtime.block_on(serve(file, parsed.config, log.clone(), program, inherited));
     log.flush(Duration::from_secs(1));
     // A look at the file that hangs (NFS, a flood of file events) must not hold up the end of the process.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(
+/// The configuration file as it was read at the start.
+struct LoadedFile {
     path: PathBuf,
-    config: Config,
     text: String,
     warnings: Vec<String>,
     hash: ContentHash,
+}
+
+async fn serve(
+    file: LoadedFile,
+    config: Config,
     log: log::Log,
+    program: Option<Program>,
+    mut inherited: Option<Inherited>,
 ) -> anyhow::Result<()> {
     let descriptors = limits::raise_descriptor_limit();
     let mut signals = Signals::new()?;
     let (handle, commands) = control::channel();
-    let listener = admin::bind(&config.admin.bind)?;
-    let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
-    let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
-    let mut state = start_state(&path, &config, log, handle, descriptors)?;
-    (state.text, state.warnings) = (text, warnings);
-    let admin_bind = listener.address()?;
-    state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
+    let admin = AdminSide::bind(&config.admin, inherited.as_mut())?;
+    let admin_bind = admin.address()?;
+    let mut state = start_state(&file.path, &config, log, handle, descriptors, admin)?;
+    (state.text, state.warnings) = (file.text, file.warnings);
+    (state.program, state.inherited) = (program, inherited);
+    let bound = state.bind(&config).map_err(|errors| anyhow!("{}", errors.join("\n")))?;
+    let taken = state.take_over(&config)?;
+    state.put_in_force(config, bound).await;
     state.probes.set_configured();
     state.probes.set_listening();
-    let (stop_source, stop) = StopSource::new();
-    let admin_task = start_admin(&state, listener, probe_listener, &stop);
-    let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
-    let announcement = announce::announce(&directory, &admin_bind);
-    let (watch, watch_warnings) = Watch::start(&path, hash);
+    state.start_admin();
+    if let Some(taken) = &taken {
+        taken.serving()?;
+    }
+    state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.predecessor.as_ref()));
+    let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
     }
@@ -93,14 +108,15 @@ async fn serve(
         tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
     }
     tracing::info!(
-        event = "start", version = env!("CARGO_PKG_VERSION"), config = %path.display(), admin = %announce::address_text(&admin_bind),
+        event = "start", version = env!("CARGO_PKG_VERSION"), config = %state.path.display(), admin = %announce::address_text(&admin_bind),
         workers = state.workers.len(), listeners = state.config.listeners.len(), pools = state.config.pools.len(),
-        max_connections = state.inputs.connections_max, "serving"
+        max_connections = state.inputs.connections_max, in_place_of = taken.as_ref().map(|taken| taken.from), "serving"
     );
+    if let Some(taken) = taken {
+        tokio::task::spawn_blocking(|| taken.wait_for_predecessor());
+    }
     run_until_stopped(&mut state, commands, watch, &mut signals).await;
-    stop_source.stop();
-    let _ = tokio::time::timeout(LAST_RESETS, admin_task).await;
-    drop(announcement);
+    state.admin.end(LAST_RESETS).await;
     state.workers.drain(..).for_each(Worker::join);
     tracing::info!(event = "stop", "stopped");
     Ok(())
@@ -112,6 +128,7 @@ fn start_state(
     log: log::Log,
     handle: control::Handle,
     descriptors: usize,
+    admin: AdminSide,
 ) -> anyhow::Result<State> {
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let open = Arc::new(OpenConnections::default());
@@ -160,24 +177,32 @@ fn start_state(
         descriptors,
         started: SystemTime::now(),
         stopping: false,
+        admin,
+        program: None,
+        upgrade: None,
+        inherited: None,
     })
 }
 
-/// The admin API, and the probes where they have an address of their own; both until the stop.
-fn start_admin(state: &State, listener: Listener, probe_listener: Option<Listener>, stop: &Stop) -> JoinHandle<()> {
-    let all = admin::State {
-        control: state.handle.clone(),
-        probes: Arc::clone(&state.probes),
-        access: Arc::clone(&state.access),
-        scope: admin::Scope::All,
-    };
-    if let Some(probe_listener) = probe_listener {
-        let probes = admin::State { scope: admin::Scope::Probes, ..all.clone() };
-        let mut stop = stop.clone();
-        tokio::spawn(admin::serve(probe_listener, probes, async move { stop.stopped().await }));
+impl State {
+    /// Says to the process whose place is taken that this one could serve, and waits until it has let go.
+    fn take_over(&mut self, config: &Config) -> anyhow::Result<Option<Taken>> {
+        let Some(inherited) = self.inherited.take() else { return Ok(None) };
+        let (taken, takeover) = inherited.take_over()?;
+        takeover.apply(config, &mut self.inputs);
+        Ok(Some(taken))
     }
-    let mut stop = stop.clone();
-    tokio::spawn(admin::serve(listener, all, async move { stop.stopped().await }))
+
+    /// The admin API, and the probes where they have an address of their own.
+    fn start_admin(&mut self) {
+        let (control, probes, access) = (self.handle.clone(), Arc::clone(&self.probes), Arc::clone(&self.access));
+        self.admin.start(|scope| admin::State {
+            control: control.clone(),
+            probes: Arc::clone(&probes),
+            access: Arc::clone(&access),
+            scope,
+        });
+    }
 }
 
 /// The signals that are listened to.
@@ -185,6 +210,7 @@ struct Signals {
     hangup: Signal,
     terminate: Signal,
     interrupt: Signal,
+    upgrade: Signal,
 }
 
 impl Signals {
@@ -193,6 +219,7 @@ impl Signals {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            upgrade: signal(SignalKind::user_defined2())?,
         })
     }
 }
@@ -212,6 +239,18 @@ enum Stopping {
     Delay(Instant),
     /// Listeners are closed; open connections have until then.
     Draining(Instant),
+    /// The same, since another process serves. The first signal to stop finds it stopping.
+    HandedOver(Instant),
+}
+
+impl Stopping {
+    /// When the next thing happens by itself.
+    fn at(&self) -> Option<Instant> {
+        match self {
+            Stopping::No => None,
+            Stopping::Delay(at) | Stopping::Draining(at) | Stopping::HandedOver(at) => Some(*at),
+        }
+    }
 }
 
 async fn run_until_stopped(
@@ -220,17 +259,14 @@ async fn run_until_stopped(
     mut watch: Watch,
     signals: &mut Signals,
 ) {
-    let Signals { hangup, terminate, interrupt } = signals;
+    let Signals { hangup, terminate, interrupt, upgrade } = signals;
     let mut tick = interval(history::INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = Stopping::No;
     let open = Arc::clone(&state.open);
     loop {
         state.probes.control_turned(Instant::now());
-        let stop_at = match stopping {
-            Stopping::No => None,
-            Stopping::Delay(at) | Stopping::Draining(at) => Some(at),
-        };
+        let (stop_at, deadline) = (stopping.at(), state.next_deadline());
         tokio::select! {
             command = commands.recv() => {
                 let Some(command) = command else { return };
@@ -240,15 +276,30 @@ async fn run_until_stopped(
                 }
                 state.publish();
             }
-            change = watch.changed(), if !state.stopping => file_changed(state, change, &mut watch).await,
-            _ = hangup.recv() => {
+            // While a new process starts, which reads the file itself, nothing may change of what it was offered.
+            change = watch.changed(), if !state.stopping && state.upgrade.is_none() => file_changed(state, change, &mut watch).await,
+            _ = hangup.recv(), if state.upgrade.is_none() => {
                 reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
             }
+            _ = upgrade.recv() => state.begin_upgrade(None).await,
+            ready = upgrade::ready(&mut state.upgrade) => {
+                if state.finish_upgrade(ready).await {
+                    close_listeners(state).await;
+                    stopping = Stopping::HandedOver(Instant::now() + state.config.runtime.stop_timeout);
+                }
+            }
             name = stop_signal(terminate, interrupt) => {
+                if let Stopping::HandedOver(until) = stopping {
+                    tracing::info!(event = "stop", signal = name, open = open.count(), "stopping since the upgrade");
+                    stopping = Stopping::Draining(until);
+                    continue;
+                }
                 if state.stopping {
                     tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
                     return reset_the_rest(state).await;
                 }
+                // A new process that is only just starting ends with this.
+                drop(state.upgrade.take());
                 state.stopping = true;
                 state.probes.set_stopping();
                 let delay = state.config.runtime.stop_delay;
@@ -265,8 +316,8 @@ async fn run_until_stopped(
                     return reset_the_rest(state).await;
                 }
             },
-            () = open.empty(), if matches!(stopping, Stopping::Draining(_)) => return,
-            () = at(state.next_deadline()) => state.fire(Instant::now()).await,
+            () = open.empty(), if matches!(stopping, Stopping::Draining(_) | Stopping::HandedOver(_)) => return,
+            () = at(deadline) => state.fire(Instant::now()).await,
             // Also the signs of life of the workers.
             _ = tick.tick() => state.sample().await,
         }
@@ -302,6 +353,7 @@ async fn close_listeners(state: &State) {
 async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     // A reply that nobody waits for any more is no error.
     match command {
+        Command::Upgrade(reply) => state.begin_upgrade(Some(reply)).await,
         Command::Reload(trigger, reply) => {
             let report = reload_from_file(state, trigger, watch).await;
             let _ = reply.send(report);
@@ -339,10 +391,13 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
 }
 
 async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
-    if state.stopping {
-        return state
-            .reload(trigger, Err("error: the process is stopping: nothing is reloaded any more".to_owned()))
-            .await;
+    let refused = match &state.upgrade {
+        _ if state.stopping => Some("error: the process is stopping: nothing is reloaded any more"),
+        Some(_) => Some("error: an upgrade is under way: the new process reads the file itself"),
+        None => None,
+    };
+    if let Some(refused) = refused {
+        return state.reload(trigger, Err(refused.to_owned())).await;
     }
     let content = watch::read(&state.path);
     if let Ok(content) = &content {

@@ -1,6 +1,9 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -9,6 +12,7 @@ use socket2::Socket;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::time::timeout_at;
 
+use crate::address::Address;
 use crate::admin::guard::Access;
 use crate::config::error::Style;
 use crate::config::{self, Config, Parsed, Protocol, diff};
@@ -18,7 +22,7 @@ use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
 use crate::pool::UpstreamKey;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
-use crate::snapshot::{self, SocketKey};
+use crate::snapshot::{self, At, SocketKey};
 use crate::worker::Message;
 
 /// Reads a configuration out of the bytes of its file.
@@ -41,8 +45,9 @@ const CLOSING_MAX: Duration = Duration::from_secs(1);
 const SETTING_MAX: Duration = Duration::from_millis(200);
 
 /// An address that a reload has bound and nobody can connect to yet.
-struct Bound {
+pub struct Bound {
     key: SocketKey,
+    address: Address,
     sockets: Vec<Socket>,
 }
 
@@ -91,10 +96,16 @@ impl State {
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
         let bound = self.bind(&new)?;
+        self.put_in_force(new, bound).await;
+        Ok(())
+    }
+
+    /// Everything that can fail has succeeded.
+    pub async fn put_in_force(&mut self, new: Config, bound: Vec<Bound>) {
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
         for bound in &bound {
-            self.inputs.slots.insert(bound.key, self.next_slot);
+            self.inputs.slots.insert(bound.key.clone(), self.next_slot);
             self.next_slot += 1;
         }
         self.carry_over(&old);
@@ -104,7 +115,7 @@ impl State {
         self.inputs.slots.retain(|key, slot| {
             let stays = wanted.contains(key);
             if !stays {
-                gone.push((*key, *slot));
+                gone.push((key.clone(), *slot));
             }
             stays
         });
@@ -126,7 +137,6 @@ impl State {
             self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
-        Ok(())
     }
 
     /// The limit for all listeners together.
@@ -153,46 +163,54 @@ impl State {
     }
 
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
-    fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
+    pub fn bind(&mut self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
         let mut errors = Vec::new();
-        let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().copied().collect();
+        let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
+            let At::Ip { address, v6only } = key.at else { continue };
             let keepalive = new.listeners[&name].keepalive;
-            let options = BindOptions { address: key.address, v6only: key.v6only, keepalive };
-            // Only our own wildcard may share a port with our own address: the probe would see ourselves.
-            let shares = own.iter().any(|other| {
-                let (one, other) = (key.address, other);
-                other.protocol == key.protocol
-                    && other.address.port() == one.port()
-                    && (other.address.ip().is_unspecified() || one.ip().is_unspecified() || other.address == one)
-            });
-            let bind = || match key.protocol {
-                Protocol::Tcp => {
-                    if !shares {
-                        listen::probe(&options)?;
-                    }
-                    listen::bind(&options, self.workers.len())
-                }
-                Protocol::Udp => {
-                    if !shares {
-                        datagram::probe(&options)?;
-                    }
-                    datagram::bind(&options, self.workers.len())
+            let options = BindOptions { address, v6only, keepalive };
+            let adopted = self.inherited.as_mut().and_then(|inherited| inherited.take(&key.to_string()));
+            let sockets = match adopted {
+                Some(sockets) => adopt(sockets, key.protocol, keepalive, self.workers.len()),
+                None => {
+                    let inherited = self.inherited.as_ref();
+                    let is_predecessors = inherited.is_some_and(|one| one.has_port(key.protocol, address.port()));
+                    let shared = is_predecessors || own.iter().any(|other| shares(&key, other));
+                    self.bind_ip(key.protocol, &options, shared)
                 }
             };
-            match bind() {
+            match sockets {
                 Ok(sockets) => {
-                    own.insert(key);
-                    bound.push(Bound { key, sockets });
+                    own.insert(key.clone());
+                    bound.push(Bound { key, address: address.into(), sockets });
                 }
-                Err(error) => errors.push(bind_error(&name, key, &error)),
+                Err(error) => errors.push(bind_error(&name, key.protocol, address, &error)),
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
+    }
+
+    /// A socket for each worker. Where the address is `shared` with one of our own, a probe would see ourselves.
+    fn bind_ip(&self, protocol: Protocol, options: &BindOptions, shared: bool) -> std::io::Result<Vec<Socket>> {
+        match protocol {
+            Protocol::Tcp => {
+                if !shared {
+                    listen::probe(options)?;
+                }
+                listen::bind(options, self.workers.len())
+            }
+            Protocol::Udp => {
+                if !shared {
+                    datagram::probe(options)?;
+                }
+                datagram::bind(options, self.workers.len())
+            }
+        }
     }
 
     /// Moves what outlives a reload to its new names, and sees to what left and what joined.
@@ -205,7 +223,7 @@ impl State {
         for (new_name, old_name) in &renamed {
             self.slow.rename(new_name, old_name);
             for key in new_keys.iter().filter(|key| key.pool == *new_name) {
-                let before = UpstreamKey { pool: old_name.clone(), address: key.address };
+                let before = UpstreamKey { pool: old_name.clone(), address: key.address.clone() };
                 inherited.insert(before.clone());
                 let inputs = &mut self.inputs;
                 inputs.lives.remove(&before).map(|life| inputs.lives.insert(key.clone(), life));
@@ -271,19 +289,19 @@ impl State {
 
     async fn listen(&mut self, bound: Vec<Bound>) {
         let snapshot = self.snapshot.load_full();
-        for Bound { key, sockets } in bound {
+        for Bound { key, address, sockets } in bound {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
-            for (worker, socket) in self.workers.iter().zip(sockets) {
+            for (worker, socket) in self.workers.iter().cycle().zip(sockets) {
                 let opened = match key.protocol {
                     Protocol::Tcp => listen::listen(&socket),
                     Protocol::Udp => Ok(()),
                 };
                 if let Err(error) = opened {
-                    tracing::error!(event = "listen", listener = &*listener.life.name, address = %key.address, reason = %error);
+                    tracing::error!(event = "listen", listener = &*listener.life.name, %address, reason = %error);
                     continue;
                 }
-                let (protocol, bound, listener) = (key.protocol, key.address, Arc::clone(listener));
+                let (protocol, bound, listener) = (key.protocol, address.clone(), Arc::clone(listener));
                 worker.send(Message::Listen { protocol, socket, bound, slot, listener }).await;
             }
         }
@@ -294,7 +312,7 @@ impl State {
             for worker in &self.workers {
                 let (closed, closing) = oneshot::channel();
                 worker.send(Message::Unlisten { slot: *slot, closed }).await;
-                self.closing.push((*key, closing));
+                self.closing.push((key.clone(), closing));
             }
         }
     }
@@ -304,8 +322,9 @@ impl State {
     async fn wait_for_closing(&mut self, new: &Config) {
         self.closing.retain_mut(|(_, closing)| matches!(closing.try_recv(), Err(TryRecvError::Empty)));
         let keys = self.socket_keys(new).into_keys().filter(|key| !self.inputs.slots.contains_key(key));
-        let ports: HashSet<(Protocol, u16)> = keys.map(|key| (key.protocol, key.address.port())).collect();
-        let awaited = self.closing.extract_if(.., |(key, _)| ports.contains(&(key.protocol, key.address.port())));
+        let port = |key: &SocketKey| Some((key.protocol, key.port()?));
+        let ports: HashSet<(Protocol, u16)> = keys.filter_map(|key| port(&key)).collect();
+        let awaited = self.closing.extract_if(.., |(key, _)| port(key).is_some_and(|port| ports.contains(&port)));
         let deadline = tokio::time::Instant::now() + CLOSING_MAX;
         for (_, closing) in awaited.collect::<Vec<_>>() {
             // A worker that is late is found out by the bind.
@@ -336,8 +355,37 @@ impl State {
     }
 }
 
-fn bind_error(name: &str, key: SocketKey, error: &std::io::Error) -> String {
-    let (port, address, protocol) = (key.address.port(), key.address, key.protocol);
+/// The sockets of an earlier process, for so many workers. None is made; where there are too few, workers share those of
+/// TCP. Two readers of one UDP socket would tear its sessions apart: there some workers have none.
+fn adopt(
+    sockets: Vec<OwnedFd>,
+    protocol: Protocol,
+    keepalive: Option<Duration>,
+    workers: usize,
+) -> io::Result<Vec<Socket>> {
+    if protocol == Protocol::Udp {
+        return Ok(sockets.into_iter().map(Socket::from).collect());
+    }
+    let mut adopted = Vec::new();
+    for socket in sockets {
+        adopted.push(listen::adopt(socket, keepalive)?);
+    }
+    for index in adopted.len()..workers {
+        adopted.push(adopted[index - adopted.len()].try_clone()?);
+    }
+    Ok(adopted)
+}
+
+/// Only our own wildcard may share a port with our own address.
+fn shares(one: &SocketKey, other: &SocketKey) -> bool {
+    let (Some(one_address), Some(address)) = (one.ip(), other.ip()) else { return false };
+    other.protocol == one.protocol
+        && address.port() == one_address.port()
+        && (address.ip().is_unspecified() || one_address.ip().is_unspecified() || address == one_address)
+}
+
+fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::io::Error) -> String {
+    let port = address.port();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
             format!("see who has it: ss -l{}np 'sport = :{port}'", &protocol.as_str()[..1])

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
+use crate::address::Address;
 use crate::admin::guard::Access;
 use crate::config::{Config, OnUnhealthy};
 use crate::connection::measured::Measured;
@@ -20,9 +21,11 @@ use crate::health::{Checker, Target};
 use crate::log::Log;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
+use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
 use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
+use crate::server::upgrade::{Inherited, Program, Upgrade};
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -147,6 +150,14 @@ pub struct State {
     pub started: SystemTime,
     /// Has a stop been ordered?
     pub stopping: bool,
+    /// The admin API's sockets and tasks.
+    pub admin: AdminSide,
+    /// What an upgrade starts; `None`: this process cannot be upgraded.
+    pub program: Option<Program>,
+    /// While a new process starts.
+    pub upgrade: Option<Upgrade>,
+    /// While this process takes over from another one.
+    pub inherited: Option<Inherited>,
 }
 
 impl State {
@@ -270,7 +281,7 @@ impl State {
             .filter(|pool| pool.upstreams.iter().any(|upstream| Arc::ptr_eq(&upstream.life, life)))
             .all(|pool| {
                 pool.upstreams.iter().any(|other| {
-                    let address = UpstreamKey { pool: key.pool.clone(), address: other.life.address };
+                    let address = UpstreamKey { pool: key.pool.clone(), address: other.life.address.clone() };
                     address != *key
                         && other.candidate.weight > 0
                         && other.candidate.admin == AdminState::Enabled
@@ -360,7 +371,7 @@ impl State {
                 self.inputs.admin.insert(key.clone(), record);
             }
             self.touched.insert(key.pool.clone());
-            upstreams.push((key.address, u64::from(life.open())));
+            upstreams.push((key.address.clone(), u64::from(life.open())));
             // The last order counts, with its time or without one.
             self.deadlines.retain(|(_, deadline)| !deadline.is_ordered_for(&key));
             if let (AdminState::Draining, Some(timeout)) = (order.state, order.timeout) {
@@ -395,8 +406,11 @@ impl State {
         let of_pool: Vec<UpstreamKey> = self.keys().into_iter().filter(|key| key.pool == order.pool).collect();
         let Some(wanted) = &order.address else { return Ok(of_pool) };
         let fits = |key: &UpstreamKey| match wanted.parse::<SocketAddr>() {
-            Ok(address) => key.address == address,
-            Err(_) => wanted.trim_matches(['[', ']']).parse() == Ok(key.address.ip()),
+            Ok(address) => key.address.ip() == Some(address),
+            Err(_) => match key.address.ip() {
+                Some(address) => wanted.trim_matches(['[', ']']).parse() == Ok(address.ip()),
+                None => *wanted == key.address.to_string(),
+            },
         };
         let named: Vec<UpstreamKey> = of_pool.iter().filter(|key| fits(key)).cloned().collect();
         if named.is_empty() {
@@ -481,7 +495,7 @@ pub fn upstream_keys(config: &Config) -> Vec<UpstreamKey> {
 
 /// Pools that were only renamed: old name by new name. The same upstreams under another name are the same upstreams.
 pub fn renamed_pools(old: &Config, new: &Config) -> HashMap<String, String> {
-    let addresses = |config: &Config, name: &str| -> Vec<SocketAddr> {
+    let addresses = |config: &Config, name: &str| -> Vec<Address> {
         upstream_keys(config).into_iter().filter(|key| key.pool == name).map(|key| key.address).collect()
     };
     let mut gone: Vec<&String> = old.pools.keys().filter(|name| !new.pools.contains_key(*name)).collect();

@@ -8,7 +8,7 @@
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
 //!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N } } },
-//!   pools: { NAME: { usable, open, rates: RATES, latency: LATENCY, upstreams: [
+//!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
 //!              now_ms: { connect, first_byte },   medians of the last seconds, or null
@@ -41,7 +41,6 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -49,7 +48,8 @@ use std::time::{Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{HeaderFormat, Protocol};
+use crate::address::Address;
+use crate::config::{Bind, HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
@@ -71,7 +71,7 @@ impl State {
         let snapshot = self.snapshot.load();
         let mut listeners = Map::new();
         for listener in self.config.listeners.values() {
-            let binds: Vec<String> = listener.binds.iter().map(|bind| bind.address.to_string()).collect();
+            let binds: Vec<String> = listener.binds.iter().map(bind_text).collect();
             let Some(life) = self.inputs.listener_lives.get(&listener.name) else { continue };
             let mut value = listener_value(life);
             value["rates"] = self.history.listener_rates(&listener.name);
@@ -85,11 +85,11 @@ impl State {
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
         }
-        let mut pools: BTreeMap<String, BTreeMap<SocketAddr, Value>> = BTreeMap::new();
+        let mut pools: BTreeMap<String, BTreeMap<Address, Value>> = BTreeMap::new();
         for pool in snapshot.pools.values() {
             let upstreams = pools.entry(pool.name.to_string()).or_default();
             for upstream in &pool.upstreams {
-                upstreams.insert(upstream.life.address, self.upstream_value(pool, upstream));
+                upstreams.insert(upstream.life.address.clone(), self.upstream_value(pool, upstream));
             }
         }
         let pools: Map<String, Value> = pools
@@ -99,8 +99,9 @@ impl State {
                 let upstreams: Vec<Value> = upstreams.into_values().collect();
                 let open: u64 = upstreams.iter().filter_map(|upstream| upstream["open"].as_u64()).sum();
                 let (rates, latency) = (self.history.pool_rates(&name), self.history.pool_latency(&name));
+                let balance = self.config.pools.get(&name).map(|pool| pool.balance.as_str());
                 let value = json!({
-                    "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
+                    "balance": balance, "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
                 });
                 (name, value)
             })
@@ -131,8 +132,7 @@ impl State {
     }
 
     fn upstream_value(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Value {
-        let address = upstream.life.address;
-        let key = UpstreamKey { pool: pool.name.to_string(), address };
+        let key = UpstreamKey { pool: pool.name.to_string(), address: upstream.life.address.clone() };
         let health = self.inputs.health.get(&key);
         let unrecorded = if pool.config.health_check.is_some() { "not checked yet" } else { "not checked" };
         let admin = self.inputs.admin.get(&key);
@@ -143,7 +143,7 @@ impl State {
             reason += &format!("; header rejected? {}", suspicion.reason);
         }
         let mut value = json!({
-            "address": address.to_string(),
+            "address": key.address,
             "health": upstream.candidate.health,
             "health_reason": reason,
             "health_since": time(health.map_or(self.started, |record| record.since)),
@@ -211,6 +211,11 @@ impl State {
     pub fn config_in_force(&self) -> Value {
         json!({ "file": self.path.display().to_string(), "toml": self.text })
     }
+}
+
+/// An address as the kernel has it: `":80"` is `[::]:80`.
+fn bind_text(bind: &Bind) -> String {
+    bind.ip().map_or_else(|| bind.to_string(), |bind| bind.address.to_string())
 }
 
 /// What of a listener's UDP happened, by its word; the words that never did are left out.

@@ -107,8 +107,7 @@ impl State {
 
 fn configured<'a>(config: &'a Config, key: &UpstreamKey) -> Option<(&'a config::Pool, &'a config::Upstream)> {
     let pool = config.pools.get(&key.pool)?;
-    let fits =
-        |upstream: &&config::Upstream| snapshot::upstream_address(upstream, Some(key.address.port())) == key.address;
+    let fits = |upstream: &&config::Upstream| snapshot::upstream_address(upstream, key.address.port()) == key.address;
     Some((pool, pool.upstreams.iter().find(fits)?))
 }
 
@@ -146,7 +145,7 @@ fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, s
             (format!("{seen}, right after the {} header: {cause}{or}", format.as_str()), "off")
         }
     };
-    let address = key.address;
+    let address = &key.address;
     let others_differ = pool.upstreams.iter().any(|other| other.proxy_protocol != upstream.proxy_protocol);
     let table = if others_differ || pool.upstreams.len() > 1 {
         format!("in the [[pools.{}.upstreams]] of {address}", key.pool)
@@ -166,6 +165,7 @@ fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, s
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     #[test]
     fn tells_what_to_write_where() {
@@ -184,7 +184,7 @@ mod tests {
             ("off", "[\"10.0.0.1\"]", Rejection::Closed, true),
         ] {
             let config = config::parse("test.toml", &text(header, upstreams)).expect("it is valid").config;
-            let key = UpstreamKey { pool: "p".to_owned(), address: ([10, 0, 0, 1], 80).into() };
+            let key = UpstreamKey { pool: "p".to_owned(), address: SocketAddr::from(([10, 0, 0, 1], 80)).into() };
             let (pool, upstream) = configured(&config, &key).expect("it is configured");
             let (reason, change) = advice(&key, pool, upstream, Seen { rejection, in_a_row: 3, was_taken });
             said += &format!("{reason}\n    {change}\n");

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use preface::cli;
 use preface::config::keys::{Default, FILE, Kind, Table};
-use preface::config::{self, AdminBind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
+use preface::config::{self, AdminBind, Bind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
 
 /// Files under `tests/broken`; each has a reviewed snapshot of what `check` says.
 const BROKEN_FILES: usize = 39;
@@ -268,10 +268,10 @@ fn every_shipped_file_is_valid_and_loads_without_a_warning() {
 fn the_shipped_files_hold_what_their_names_promise() {
     let ingress = load("ingress-nginx");
     assert!(ingress.listeners.values().all(|listener| listener.pool == "ingress"));
-    let ports: Vec<u16> = ingress.listeners.values().map(|listener| listener.binds[0].address.port()).collect();
+    let ports: Vec<u16> = ingress.listeners.values().map(|listener| listener.binds[0].port().unwrap()).collect();
     assert_eq!(ports, [80, 443]);
     let pool = &ingress.pools["ingress"];
-    assert!(pool.upstreams.iter().all(|upstream| upstream.port.is_none()));
+    assert!(pool.upstreams.iter().all(|upstream| upstream.address.takes_port()));
     let check = pool.health_check.as_ref().expect("it is checked");
     assert_eq!((check.port, check.proxy_protocol), (Some(10_254), CheckHeader::Off));
 
@@ -280,11 +280,14 @@ fn the_shipped_files_hold_what_their_names_promise() {
     assert_eq!(nlb.pools["targets"].tlvs.crc32c, Some(true));
 
     let elb = load("aws-classic-elb");
-    let mut ports: Vec<u16> = elb.listeners.values().flat_map(|l| &l.binds).map(|b| b.address.port()).collect();
+    let mut ports: Vec<u16> = elb.listeners.values().flat_map(|l| &l.binds).filter_map(|b| b.port()).collect();
     ports.sort_unstable();
     assert_eq!(ports, [80, 81, 443]);
     assert!(
-        elb.pools["instances"].upstreams.iter().all(|u| u.proxy_protocol == Some(HeaderFormat::V1) && u.port.is_none())
+        elb.pools["instances"]
+            .upstreams
+            .iter()
+            .all(|u| u.proxy_protocol == Some(HeaderFormat::V1) && u.address.takes_port())
     );
 
     let gcp = load("gcp-tcp-proxy");
@@ -331,7 +334,12 @@ fn where_the_admin_api_is_can_be_read_from_a_broken_file() {
 fn a_bind_address_is_for_ipv6_alone_only_where_ipv4_is_bound_too() {
     let flags = |binds: &str| -> Vec<(bool, bool)> {
         let text = format!("[listeners.a]\nbind = {binds}\npool = \"p\"\n[pools.p]\nupstreams = [\"10.0.0.1:1\"]");
-        parsed(&text).config.listeners["a"].binds.iter().map(|bind| (bind.any, bind.v6only)).collect()
+        parsed(&text).config.listeners["a"]
+            .binds
+            .iter()
+            .filter_map(Bind::ip)
+            .map(|bind| (bind.any, bind.v6only))
+            .collect()
     };
     assert_eq!(flags(r#"":80""#), [(true, false)]);
     assert_eq!(flags(r#""[::]:80""#), [(false, false)]);

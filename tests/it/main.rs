@@ -38,3 +38,4 @@ mod traffic;
 mod udp;
 mod udp_load;
 mod udp_netns;
+mod upgrade;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use preface::address::Client;
 use preface::config::{self, LogFormat};
 use preface::log::{ConnectionLine, connection_line, session_line};
 use preface::termination::Termination;
@@ -140,7 +141,7 @@ fn the_log_fields_are_the_code() {
         time: SystemTime::UNIX_EPOCH,
         id: "id",
         listener: "web",
-        client: "192.0.2.1:1".parse().expect("an address"),
+        client: Client::Ip("192.0.2.1:1".parse().expect("an address")),
         local: None,
         pool: None,
         upstream: None,
@@ -208,7 +209,7 @@ fn the_manifest_is_consistent() {
     assert!(Duration::from_secs(manifest_number("terminationGracePeriodSeconds:")) >= stopping);
     for listener in config.listeners.values() {
         for bind in &listener.binds {
-            let port = bind.address.port();
+            let Some(port) = bind.port() else { continue };
             assert!(port >= 1024, "a restricted pod cannot bind {port}");
             assert!(MANIFEST.contains(&format!("- name: {}\n              containerPort: {port}\n", listener.name)));
             assert!(MANIFEST.contains(&format!("      targetPort: {}\n", listener.name)));

@@ -1,14 +1,15 @@
 //! PURE. Every upstream of a configuration, what was found there, and which line of the file to change.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use toml::de::DeTable;
 
 use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
-use crate::config::{Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader};
+use crate::address::Address;
+use crate::config::{Bind, Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, UpstreamAddress};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct Target {
     /// Which of its upstreams.
     pub index: usize,
     /// Its address, with the listener's port where it has none of its own.
-    pub address: SocketAddr,
+    pub address: Address,
     /// Who connects there.
     pub role: Role,
     /// Over UDP.
@@ -142,53 +143,58 @@ fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target
     let upstream = &pool.upstreams[index];
     let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
     let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
-    let new = |port, role, protocol, check: Option<&HealthCheck>| {
-        let is_datagram = protocol == Protocol::Udp;
+    let new = |address: Address, role, protocol, check: Option<&HealthCheck>| {
+        let (is_datagram, port) = (protocol == Protocol::Udp, address.port());
         let (question, guessed) = if is_datagram { question_of_datagrams(check, port) } else { question(check, port) };
         let configured =
             Configured { version: upstream.proxy_protocol, tlvs: tlvs != Tlvs::default(), check: check.cloned() };
-        let address = SocketAddr::new(upstream.ip, port);
-        let (pool_name, source, tlvs) = (pool.name.clone(), source(pool, upstream.ip), tlvs.clone());
         let header_alone = is_datagram && pool.udp_header == UdpHeader::FirstAlone;
-        let pool = pool_name;
+        let (source, tlvs, pool) = (source(pool, &upstream.address), tlvs.clone(), pool.name.clone());
         Target { pool, index, address, role, is_datagram, header_alone, source, question, guessed, tlvs, configured }
     };
+    let addresses_of = |of: &mut dyn Iterator<Item = &&Listener>| -> BTreeSet<Address> {
+        match upstream.address.takes_port() {
+            true => {
+                let ports = of.flat_map(|listener| &listener.binds).filter_map(Bind::port);
+                ports.map(|port| upstream.address.at(Some(port))).collect()
+            }
+            false => [upstream.address.at(None)].into(),
+        }
+    };
     let check = pool.health_check.as_ref();
-    let own_port = check.and_then(|check| check.port);
     let checked_over = |check: &HealthCheck| match check.probe {
         Probe::Udp { .. } => Protocol::Udp,
         _ => Protocol::Tcp,
     };
+    // A UNIX socket has no other port to be checked on.
+    let own = check.and_then(|check| Some(UpstreamAddress::Ip(upstream.address.ip()?, Some(check.port?)).at(None)));
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         // A pool that nobody sends to may still be looked at.
-        let serves = |listener: &&&Listener| listener.serves(protocol);
-        let is_used =
-            listeners.iter().any(|listener| serves(&listener)) || listeners.is_empty() && protocol == Protocol::Tcp;
-        let ports_of = |of: &mut dyn Iterator<Item = &&Listener>| -> BTreeSet<u16> {
-            let binds = of.flat_map(|listener| &listener.binds).map(|bind| bind.address.port());
-            upstream.port.map_or_else(|| binds.collect(), |port| [port].into())
-        };
-        let ports = ports_of(&mut listeners.iter().filter(serves));
+        let is_used = listeners.iter().any(|listener| listener.serves(protocol))
+            || listeners.is_empty() && protocol == Protocol::Tcp;
+        let addresses = addresses_of(&mut listeners.iter().filter(|listener| listener.serves(protocol)));
         let check = check.filter(|check| checked_over(check) == protocol);
-        for port in ports.iter().filter(|_| is_used) {
-            let check = check.filter(|_| own_port.is_none_or(|own| own == *port));
-            found.push(new(*port, Role::Traffic, protocol, check));
+        for address in addresses.iter().filter(|_| is_used) {
+            let check = check.filter(|_| own.as_ref().is_none_or(|own| own == address));
+            found.push(new(address.clone(), Role::Traffic, protocol, check));
         }
         // Where the check goes, if no traffic does.
-        let of_check = own_port.map_or_else(|| ports_of(&mut listeners.iter()), |own| [own].into());
-        for port in of_check.into_iter().filter(|port| check.is_some() && !(is_used && ports.contains(port))) {
-            found.push(new(port, Role::Check, protocol, check));
+        let of_check = own.clone().map_or_else(|| addresses_of(&mut listeners.iter()), |own| [own].into());
+        let is_traffic = |address: &Address| is_used && addresses.contains(address);
+        for address in of_check.into_iter().filter(|address| check.is_some() && !is_traffic(address)) {
+            found.push(new(address, Role::Check, protocol, check));
         }
     }
     found
 }
 
-fn source(pool: &Pool, upstream: IpAddr) -> Option<IpAddr> {
+fn source(pool: &Pool, upstream: &UpstreamAddress) -> Option<IpAddr> {
+    let upstream = upstream.ip()?;
     pool.source.iter().copied().find(|source| source.is_ipv4() == upstream.is_ipv4())
 }
 
 /// The check's own question where it asks one.
-fn question(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
+fn question(check: Option<&HealthCheck>, port: Option<u16>) -> (Question, bool) {
     match check.map(|check| &check.probe) {
         Some(Probe::Http { path, host, .. }) => (Question::Http { path: path.clone(), host: host.clone() }, false),
         Some(Probe::Tcp { send, expect }) if !expect.is_empty() => {
@@ -199,7 +205,7 @@ fn question(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
 }
 
 /// The check's own question, or what its port says; else nothing can be asked.
-fn question_of_datagrams(check: Option<&HealthCheck>, port: u16) -> (Question, bool) {
+fn question_of_datagrams(check: Option<&HealthCheck>, port: Option<u16>) -> (Question, bool) {
     if let Some(Probe::Udp { send, expect }) = check.map(|check| &check.probe)
         && !expect.is_empty()
     {

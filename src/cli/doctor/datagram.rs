@@ -29,8 +29,10 @@ pub async fn exchange(subject: &Subject, attempt: Try, question: &Question) -> E
 }
 
 async fn ask(subject: &Subject, question: &Question, exchange: &mut Exchange) -> io::Result<()> {
-    let socket = check::datagram(subject.to, subject.source)?;
-    let header = exchange.attempt.header(&subject.tlvs, socket.local_addr()?, subject.to, Transport::Dgram);
+    let no_ip = || io::Error::new(io::ErrorKind::InvalidInput, "a UNIX socket takes no datagrams here");
+    let to = subject.to.ip().ok_or_else(no_ip)?;
+    let socket = check::datagram(to, subject.source)?;
+    let header = exchange.attempt.header(&subject.tlvs, (socket.local_addr()?, to), Transport::Dgram);
     exchange.header = header.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
     let mut answer = vec![0; ANSWER_BYTES_MAX];
     for _ in 0..SENT_MAX {

@@ -2,18 +2,18 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::datagram;
 use super::judge::{End, Exchange, Talk};
 use super::tries::{Question, Try, goodbye};
+use crate::address::Address;
 use crate::config::Tlvs;
-use crate::net::check;
+use crate::net::check::{self, Connection};
 use crate::proxy_protocol::Transport;
 
 /// Of an answer this much is looked at, and this much is read at the close.
@@ -23,11 +23,17 @@ const SETTLE_MAX: Duration = Duration::from_millis(400);
 /// How long a close waits for the upstream's FIN, so that what it still sends is not answered by a reset.
 const CLOSE_TIME_MAX: Duration = Duration::from_millis(300);
 
+/// What headers over a UNIX socket say: it has no addresses, and a header that names some is what is to be tried.
+const STAND_INS: (SocketAddr, SocketAddr) = {
+    let loopback = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+    (loopback, loopback)
+};
+
 /// Whom to ask, and how long to wait.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// Where it connects.
-    pub to: SocketAddr,
+    pub to: Address,
     /// From which address; `None`: the kernel's choice.
     pub source: Option<IpAddr>,
     /// For the connect, and again for each answer.
@@ -47,7 +53,7 @@ pub async fn exchange(subject: &Subject, attempt: Try, question: &Question, talk
     }
     let started = Instant::now();
     let mut exchange = Exchange::new(attempt);
-    let connecting = timeout(subject.timeout, check::connect(subject.to, subject.source));
+    let connecting = timeout(subject.timeout, check::connect(&subject.to, subject.source));
     match connecting.await {
         Err(_) => {
             let limit = humantime::format_duration(subject.timeout);
@@ -72,13 +78,13 @@ async fn converse(
     subject: &Subject,
     question: &Question,
     talk: Talk,
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     exchange: &mut Exchange,
 ) -> io::Result<()> {
-    let (local, peer) = (stream.local_addr()?, stream.peer_addr()?);
-    let header = exchange.attempt.header(&subject.tlvs, local, peer, Transport::Stream);
+    let ends = stream.ends()?.unwrap_or(STAND_INS);
+    let header = exchange.attempt.header(&subject.tlvs, ends, Transport::Stream);
     exchange.header = header.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
-    let asked = question.bytes(subject.to);
+    let asked = question.bytes(&subject.to);
     let settle = SETTLE_MAX.min(subject.timeout / 2);
     if talk == Talk::ClientFirst {
         // In one segment, as preface sends them when the client's bytes are already there.
@@ -124,7 +130,7 @@ struct Waits {
 
 /// Reads until it is enough, the upstream falls silent or ends the connection, or the limit is reached.
 async fn read(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     into: &mut Vec<u8>,
     first_after: &mut Option<Duration>,
     waits: Waits,
@@ -152,7 +158,7 @@ async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T
 
 /// FIN, and a little time for the upstream's: a receiver that reads LOCAL and then a reset logs an error, or dies of it
 /// (Postfix's smtpd).
-async fn close(mut stream: TcpStream) {
+async fn close(mut stream: Connection) {
     if stream.shutdown().await.is_ok() {
         let mut rest = stream.take(ANSWER_BYTES_MAX);
         let _ = timeout(CLOSE_TIME_MAX, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;

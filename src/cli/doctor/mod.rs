@@ -11,7 +11,7 @@ pub mod tries;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use self::compare::{Finding, Target, targets};
 use self::exchange::{Subject, exchange};
 use self::judge::{Diagnosis, Expectation, Outcome, better_question, talk};
 use self::tries::{Question, Try, usual_tlvs};
+use crate::address::Address;
 use crate::config::{self, Style, Tlvs};
 
 /// Upstreams that are examined at a time; one address at a time gets one connection.
@@ -52,7 +53,7 @@ Examples:
   preface doctor 10.0.0.50:53 --udp --dns example.com
   preface doctor --config /etc/preface/preface.toml")]
 pub struct Args {
-    /// The upstream: 10.0.0.30:8080, [2001:db8::30]:8080, name:8080
+    /// The upstream: 10.0.0.30:8080, [2001:db8::30]:8080, name:8080, unix:/path
     #[arg(value_name = "ADDR", required_unless_present = "config", conflicts_with = "config")]
     pub address: Option<String>,
     /// Examine every upstream of this file instead, from its pool's source address and with its check's question
@@ -108,9 +109,10 @@ async fn one_upstream(args: &Args) -> anyhow::Result<()> {
     let mut addresses = resolve(name)?.into_iter();
     let (to, diagnosis) = loop {
         let to = addresses.next().ok_or_else(|| anyhow!("{name:?} has no address"))?;
-        let (question, guessed) = question(args, to)?;
+        let (question, guessed) = question(args, &to)?;
         let (source, timeout, is_datagram) = (args.source, args.timeout, args.udp);
-        let subject = Subject { to, source, timeout, tlvs: usual_tlvs(), is_datagram, header_alone: false };
+        let tlvs = usual_tlvs();
+        let subject = Subject { to: to.clone(), source, timeout, tlvs, is_datagram, header_alone: false };
         let diagnosis = examine(&subject, question, guessed).await;
         // As a client would: the next address of the name, while there is one.
         let is_reached = !matches!(diagnosis.expects, Expectation::Unreachable(_));
@@ -119,8 +121,8 @@ async fn one_upstream(args: &Args) -> anyhow::Result<()> {
         }
     };
     let text = match args.json {
-        true => format!("{:#}\n", report::diagnosis_json(to, &diagnosis)),
-        false => report::diagnosis_text(to, &diagnosis),
+        true => format!("{:#}\n", report::diagnosis_json(&to, &diagnosis)),
+        false => report::diagnosis_text(&to, &diagnosis),
     };
     super::print(&text)?;
     match advice::version(&diagnosis.expects) {
@@ -129,7 +131,7 @@ async fn one_upstream(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-fn question(args: &Args, to: SocketAddr) -> anyhow::Result<(Question, bool)> {
+fn question(args: &Args, to: &Address) -> anyhow::Result<(Question, bool)> {
     let bytes = |bytes: &Option<Bytes>| bytes.as_ref().map(|bytes| bytes.0.clone()).unwrap_or_default();
     if args.send.is_some() || args.expect.is_some() {
         return Ok((Question::Given { send: bytes(&args.send), expect: bytes(&args.expect) }, false));
@@ -153,7 +155,7 @@ fn question(args: &Args, to: SocketAddr) -> anyhow::Result<(Question, bool)> {
 }
 
 /// The addresses of a name, in its resolver's order.
-fn resolve(name: &str) -> anyhow::Result<Vec<SocketAddr>> {
+fn resolve(name: &str) -> anyhow::Result<Vec<Address>> {
     if let Ok(address) = name.parse() {
         return Ok(vec![address]);
     }
@@ -161,7 +163,7 @@ fn resolve(name: &str) -> anyhow::Result<Vec<SocketAddr>> {
         bail!("{name:?} has no port: write 10.0.0.30:8080 or [2001:db8::30]:8080");
     }
     let found = name.to_socket_addrs().with_context(|| format!("cannot resolve {name:?}"))?;
-    Ok(found.take(ADDRESSES_OF_A_NAME_MAX).collect())
+    Ok(found.take(ADDRESSES_OF_A_NAME_MAX).map(Address::Ip).collect())
 }
 
 /// All connections to one upstream, one after the other. A question that was `guessed` may be exchanged for a better
@@ -250,9 +252,9 @@ async fn ask_slow_ones_again(findings: &mut [Finding], timeout: Duration) {
 
 /// Different addresses at the same time, those of one address one after the other, in the order of the targets.
 async fn examine_all(targets: Vec<Target>, timeout: Duration) -> Vec<Finding> {
-    let mut by_address: BTreeMap<SocketAddr, Vec<(usize, Target)>> = BTreeMap::new();
+    let mut by_address: BTreeMap<Address, Vec<(usize, Target)>> = BTreeMap::new();
     for (index, target) in targets.into_iter().enumerate() {
-        by_address.entry(target.address).or_default().push((index, target));
+        by_address.entry(target.address.clone()).or_default().push((index, target));
     }
     let mut waiting = by_address.into_values();
     let mut running = JoinSet::new();
@@ -292,8 +294,8 @@ async fn examine_address(targets: Vec<(usize, Target)>, timeout: Duration) -> Ve
 }
 
 fn subject_of(target: &Target, tlvs: Tlvs, timeout: Duration) -> Subject {
-    let Target { address: to, source, is_datagram, header_alone, .. } = *target;
-    Subject { to, source, timeout, tlvs, is_datagram, header_alone }
+    let &Target { source, is_datagram, header_alone, .. } = target;
+    Subject { to: target.address.clone(), source, timeout, tlvs, is_datagram, header_alone }
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {

@@ -1,7 +1,6 @@
 //! PURE. What the doctor found out, for people and for machines.
 
 use std::fmt::Write as _;
-use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
@@ -9,12 +8,13 @@ use super::advice::{self, OPTIONAL, checks, conclusion, found, found_word, toml,
 use super::compare::{Finding, Role};
 use super::judge::{Diagnosis, Expectation};
 use super::speed::Speed;
+use crate::address::Address;
 
 /// In the lines to copy.
 const POOL: &str = "NAME";
 
 /// One upstream, for people.
-pub fn diagnosis_text(address: SocketAddr, diagnosis: &Diagnosis) -> String {
+pub fn diagnosis_text(address: &Address, diagnosis: &Diagnosis) -> String {
     let over = if diagnosis.is_of_datagrams() { " over UDP" } else { "" };
     let mut text = format!("{address}{over}, asked: {}\n\n", asked(diagnosis));
     let mut rows = vec![["sent first".to_owned(), "bytes".to_owned(), "what it did".to_owned()]];
@@ -47,7 +47,7 @@ pub fn diagnosis_text(address: SocketAddr, diagnosis: &Diagnosis) -> String {
 }
 
 /// One upstream, for machines.
-pub fn diagnosis_json(address: SocketAddr, diagnosis: &Diagnosis) -> Value {
+pub fn diagnosis_json(address: &Address, diagnosis: &Diagnosis) -> Value {
     let mut value = json!({ "address": address });
     for (key, part) in diagnosis_parts(diagnosis) {
         value[key] = part;

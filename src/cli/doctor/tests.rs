@@ -22,7 +22,7 @@ fn came(attempt: Try, early: &[u8], late: &[u8], end: End) -> Exchange {
     let mut exchange = Exchange::new(attempt);
     let address = |text: &str| text.parse().unwrap();
     let (local, peer) = (address("192.0.2.1:40000"), address("192.0.2.2:80"));
-    exchange.header = attempt.header(&usual_tlvs(), local, peer, Transport::Stream).unwrap();
+    exchange.header = attempt.header(&usual_tlvs(), (local, peer), Transport::Stream).unwrap();
     (exchange.early, exchange.late, exchange.end) = (early.to_vec(), late.to_vec(), end);
     exchange.asked = early.is_empty();
     exchange
@@ -172,7 +172,7 @@ fn diagnosis(answers: [&[u8]; 6]) -> Diagnosis {
 #[test]
 fn tells_about_one_upstream() {
     let (yes, no) = (OK, &b""[..]);
-    let address = "192.0.2.2:8080".parse().unwrap();
+    let address = Address::Ip("192.0.2.2:8080".parse().unwrap());
     let all = [
         diagnosis([yes, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST]),
         diagnosis([no, yes, yes, yes, yes, no]),
@@ -181,7 +181,7 @@ fn tells_about_one_upstream() {
         diagnosis([yes, yes, yes, yes, yes, yes]),
         diagnosis([no, no, no, no, no, no]),
     ];
-    insta::assert_snapshot!(all.map(|diagnosis| report::diagnosis_text(address, &diagnosis)).join("\n=====\n\n"));
+    insta::assert_snapshot!(all.map(|diagnosis| report::diagnosis_text(&address, &diagnosis)).join("\n=====\n\n"));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use crate::address::Address;
 use crate::config::{HeaderFormat, Tlvs};
 use crate::pool::header::HeaderPlan;
 use crate::proxy_protocol::error::EncodeError;
@@ -71,19 +72,18 @@ impl Try {
         }
     }
 
-    /// The header's bytes. The addresses are the connection's own: nothing is forged, and whoever decides by address
-    /// decides about this machine.
+    /// The header's bytes. `ends` are this side's address and the upstream's, the connection's own: nothing is forged, and
+    /// whoever decides by address decides about this machine.
     pub fn header(
         self,
         tlvs: &Tlvs,
-        local: SocketAddr,
-        peer: SocketAddr,
+        ends: (SocketAddr, SocketAddr),
         transport: Transport,
     ) -> Result<Vec<u8>, EncodeError> {
         let mut bytes = Vec::new();
         let none = Tlvs::default();
         let mut encode = |format, tlvs| {
-            HeaderPlan::new(Some(format), tlvs)?.encode(local, peer, transport, CONNECTION_ID, &mut bytes)
+            HeaderPlan::new(Some(format), tlvs)?.encode(Some(ends), transport, CONNECTION_ID, &mut bytes)
         };
         match self {
             Try::Bare => {}
@@ -146,18 +146,18 @@ const DNS_PORT: u16 = 53;
 const TLS_PORTS: [u16; 9] = [443, 465, 636, 853, 990, 993, 995, 6443, 8443];
 
 impl Question {
-    /// For a port of which nothing is known.
-    pub fn usual(port: u16) -> Question {
+    /// For a port of which nothing is known; `None`: a UNIX socket.
+    pub fn usual(port: Option<u16>) -> Question {
         match port {
-            DNS_PORT => Question::Dns { name: ".".to_owned() },
-            port if TLS_PORTS.contains(&port) => Question::Tls,
+            Some(DNS_PORT) => Question::Dns { name: ".".to_owned() },
+            Some(port) if TLS_PORTS.contains(&port) => Question::Tls,
             _ => Question::Http { path: "/".to_owned(), host: None },
         }
     }
 
     /// The same for UDP, where a port of which nothing is known can be asked nothing.
-    pub fn usual_of_datagrams(port: u16) -> Option<Question> {
-        (port == DNS_PORT).then(|| Question::usual(port))
+    pub fn usual_of_datagrams(port: Option<u16>) -> Option<Question> {
+        (port == Some(DNS_PORT)).then(|| Question::usual(port))
     }
 
     /// In a datagram.
@@ -170,10 +170,13 @@ impl Question {
     }
 
     /// Its bytes.
-    pub fn bytes(&self, to: SocketAddr) -> Vec<u8> {
+    pub fn bytes(&self, to: &Address) -> Vec<u8> {
         match self {
             Question::Http { path, host } => {
-                let host = host.clone().unwrap_or_else(|| to.to_string());
+                let host = host.clone().unwrap_or_else(|| match to {
+                    Address::Ip(to) => to.to_string(),
+                    Address::Unix(_) => "localhost".to_owned(),
+                });
                 format!(
                     "GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: preface-doctor\r\nConnection: close\r\n\r\n"
                 )
@@ -290,7 +293,7 @@ mod tests {
         for (local, peer) in [("192.0.2.1:40000", "192.0.2.2:80"), ("[2001:db8::1]:40000", "[2001:db8::2]:80")] {
             let (local, peer) = (local.parse().unwrap(), peer.parse().unwrap());
             for attempt in Try::ALL {
-                let bytes = attempt.header(&usual_tlvs(), local, peer, Transport::Stream).unwrap();
+                let bytes = attempt.header(&usual_tlvs(), (local, peer), Transport::Stream).unwrap();
                 assert!(bytes.len() <= HEADER_BYTES_SAFE, "{attempt:?}: {} bytes", bytes.len());
                 if attempt == Try::Bare {
                     assert!(bytes.is_empty());

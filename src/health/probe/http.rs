@@ -12,11 +12,11 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper::header::{CONNECTION, HOST, USER_AGENT};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tokio::time::timeout_at;
 
 use super::{ANSWER_BYTES_MAX, Attempt, Failure, header_bytes};
-use crate::net::check;
+use crate::address::Address;
+use crate::net::check::{self, Connection};
 use crate::proxy_protocol::Transport;
 
 /// What is asked for and which status codes pass.
@@ -30,13 +30,13 @@ pub(super) struct Question<'a> {
 
 /// Asks and says which status came. The rest of the answer stays in `stream`, for its close to read.
 pub(super) async fn ask(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     attempt: &Attempt,
     started: Instant,
     question: &Question<'_>,
 ) -> Result<String, Failure> {
     let asking = async {
-        let header = header_bytes(attempt, Transport::Stream, (stream.local_addr()?, stream.peer_addr()?));
+        let header = header_bytes(attempt, Transport::Stream, stream.ends()?);
         if !header.is_empty() {
             check::send_with_next(stream, &header)?;
         }
@@ -52,8 +52,13 @@ pub(super) async fn ask(
 }
 
 fn request(attempt: &Attempt, question: &Question<'_>) -> Result<Request<Empty<Bytes>>, Failure> {
+    let host = match (question.host, &attempt.to) {
+        (Some(host), _) => host.to_owned(),
+        (None, Address::Ip(address)) => address.to_string(),
+        (None, Address::Unix(_)) => "localhost".to_owned(),
+    };
     Request::get(question.path)
-        .header(HOST, question.host.map_or_else(|| attempt.to.to_string(), str::to_owned))
+        .header(HOST, host)
         .header(USER_AGENT, concat!("preface/", env!("CARGO_PKG_VERSION")))
         .header(CONNECTION, "close")
         .body(Empty::new())
@@ -61,7 +66,7 @@ fn request(attempt: &Attempt, question: &Question<'_>) -> Result<Request<Empty<B
 }
 
 /// Sends the request and reads the head of the answer. The connection is driven beside the question, in this task.
-async fn status(stream: &mut TcpStream, request: Request<Empty<Bytes>>) -> Result<u16, Failure> {
+async fn status(stream: &mut Connection, request: Request<Empty<Bytes>>) -> Result<u16, Failure> {
     let (mut sender, mut connection) = http1::Builder::new()
         .title_case_headers(true)
         .max_buf_size(ANSWER_BYTES_MAX)

@@ -3,15 +3,15 @@
 use std::time::Instant;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::time::timeout_at;
 
 use super::{ANSWER_BYTES_MAX, Attempt, Failure, header_bytes};
+use crate::net::check::Connection;
 use crate::proxy_protocol::Transport;
 
 /// Sends what there is to send and reads until `expect` was seen. Says what was done: "connected" or "answered".
 pub(super) async fn ask(
-    stream: &mut TcpStream,
+    stream: &mut Connection,
     attempt: &Attempt,
     started: Instant,
     send: &[u8],
@@ -19,7 +19,7 @@ pub(super) async fn ask(
 ) -> Result<String, Failure> {
     let mut answer = Vec::new();
     let asking = async {
-        let mut question = header_bytes(attempt, Transport::Stream, (stream.local_addr()?, stream.peer_addr()?));
+        let mut question = header_bytes(attempt, Transport::Stream, stream.ends()?);
         question.extend_from_slice(send);
         stream.write_all(&question).await?;
         if expect.is_empty() {

@@ -1,6 +1,7 @@
 //! The UDP check: one datagram with header and question. Nobody accepts a datagram, so without an expected answer the
 //! one thing that fails is a refusal: an ICMP error from the upstream's machine or from a router before it.
 
+use std::io;
 use std::time::Instant;
 
 use tokio::time::timeout_at;
@@ -13,8 +14,10 @@ use crate::proxy_protocol::Transport;
 /// else. An empty `expect`: any answer is one, and silence until the time-out passes too. Says what was seen:
 /// "answered" or "not refused".
 pub(super) async fn ask(attempt: &Attempt, started: Instant, send: &[u8], expect: &[u8]) -> Result<String, Failure> {
-    let socket = check::datagram(attempt.to, attempt.source)?;
-    let mut question = header_bytes(attempt, Transport::Dgram, (socket.local_addr()?, attempt.to));
+    // Validation keeps UNIX sockets away from udp checks.
+    let to = attempt.to.ip().ok_or_else(|| Failure::Io(io::ErrorKind::Unsupported.into()))?;
+    let socket = check::datagram(to, attempt.source)?;
+    let mut question = header_bytes(attempt, Transport::Dgram, Some((socket.local_addr()?, to)));
     question.extend_from_slice(send);
     let mut answer = vec![0; ANSWER_BYTES_MAX];
     let mut got = None;
@@ -54,7 +57,7 @@ mod tests {
 
     async fn upstream(address: &str) -> (UdpSocket, Attempt) {
         let socket = UdpSocket::bind(address).await.unwrap();
-        let to = socket.local_addr().unwrap();
+        let to = socket.local_addr().unwrap().into();
         (socket, Attempt { to, source: None, header: None, command: CheckCommand::Proxy, timeout: HOUR })
     }
 
@@ -189,9 +192,11 @@ mod tests {
                 let (outcome, (datagram, peer)) = tokio::join!(run(&attempt, &check), answer(&socket, &[b"PONG"]));
                 assert_passed(&outcome, "answered in ");
                 let expected = match command {
-                    CheckCommand::Proxy => {
-                        Header::proxy(Version::V2, Addresses::inet(peer, attempt.to, Transport::Dgram), vec![])
-                    }
+                    CheckCommand::Proxy => Header::proxy(
+                        Version::V2,
+                        Addresses::inet(peer, attempt.to.ip().unwrap(), Transport::Dgram),
+                        vec![],
+                    ),
                     _ => Header::local(vec![]),
                 };
                 let Ok(Decoded::Complete { header, len }) = decode(&datagram) else { panic!("{datagram:?}") };
@@ -209,7 +214,7 @@ mod tests {
         let (outcome, (datagram, peer)) = tokio::join!(run(&attempt, &check), answer(&socket, &[b"PONG"]));
         assert_passed(&outcome, "answered in ");
         let (header, payload) = datagram.split_at(spp::HEADER_BYTES);
-        assert_eq!(spp::decode(header), Ok(spp::Spp { client: peer, local: attempt.to }));
+        assert_eq!(spp::decode(header), Ok(spp::Spp { client: peer, local: attempt.to.ip().unwrap() }));
         assert_eq!(payload, b"PING");
     }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use ulid::Ulid;
 
 use super::group::{Piece, run};
+use crate::address::Address;
 use crate::config::{HeaderFormat, LogConnections, UdpHeader};
 use crate::connection::Shared;
 use crate::drain::OpenConnection;
@@ -121,9 +122,10 @@ impl Link {
 
     /// What may be a segment: what fits into one packet, and was not refused before.
     fn segment_max(&mut self) -> usize {
-        let (socket, address) = (&self.socket, self.lease.life().address);
-        let packet_max =
-            *self.packet_max.get_or_insert_with(|| datagram::packet_payload_max(socket, address).unwrap_or(0));
+        let (socket, address) = (&self.socket, self.lease.life().address.ip());
+        let packet_max = *self.packet_max.get_or_insert_with(|| {
+            address.and_then(|address| datagram::packet_payload_max(socket, address).ok()).unwrap_or(0)
+        });
         packet_max.min(self.lease.life().segment_max.load(Relaxed) as usize)
     }
 }
@@ -300,10 +302,10 @@ impl Session {
             time: SystemTime::now(),
             id: &self.id.to_string(),
             listener: &self.life.name,
-            client,
-            local: Some(self.local),
+            client: client.into(),
+            local: Some(&Address::Ip(self.local)),
             pool: Some(&self.link.pool),
-            upstream: Some(self.link.life().address),
+            upstream: Some(&self.link.life().address),
             header: Some(self.link.format.map_or("off", HeaderFormat::as_str)),
             bytes_in: self.bytes[IN],
             bytes_out: self.bytes[OUT],

@@ -1,5 +1,6 @@
 //! Which upstream a session has: the first one, and the next when that one refuses, turned unhealthy or was removed.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -9,6 +10,7 @@ use ulid::Ulid;
 
 use super::session::{Link, Session};
 use super::{Core, Udp, number};
+use crate::address::Address;
 use crate::connection::{count_failure, next_source};
 use crate::net::check::is_local;
 use crate::net::datagram::{self, outbox::Outbox};
@@ -36,19 +38,24 @@ impl Udp {
             let indices = pool.upstreams.iter().enumerate();
             let indices = indices.filter(|(_, upstream)| tried.iter().any(|life| Arc::ptr_eq(life, &upstream.life)));
             let indices: Vec<usize> = if tried.is_empty() { Vec::new() } else { indices.map(|(at, _)| at).collect() };
-            let picked = pool.pick(&indices).map_err(|error| match error {
+            let picked = pool.pick(Some(client.ip()), &indices).map_err(|error| match error {
                 PickError::None => DropReason::NoUpstream,
                 PickError::Full => DropReason::UpstreamsFull,
                 PickError::Tried => reason.unwrap_or(DropReason::NoUpstream),
             })?;
             let life = Arc::clone(picked.lease.life());
             attempts += 1;
-            let source = next_source(&self.shared, &pool.config.source, life.address);
-            match datagram::connect(life.address, source) {
+            let source = next_source(&self.shared, &pool.config.source, &life.address);
+            // Validation keeps upstreams that take no datagrams away from UDP.
+            let connected = match &life.address {
+                Address::Ip(address) => datagram::connect(*address, source),
+                Address::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+            };
+            match connected {
                 Ok(socket) => {
                     let plan = &listener.headers[pool.upstreams[picked.index].entry];
                     let mut header = Vec::new();
-                    plan.encode(client, local, Transport::Dgram, &id.to_string(), &mut header)
+                    plan.encode(Some((client, local)), Transport::Dgram, &id.to_string(), &mut header)
                         .map_err(|_| DropReason::TooBig)?;
                     life.session_begun();
                     let link = Link {

@@ -44,6 +44,12 @@ pub fn preface_as(user: &User, config: &str) -> Balancer {
     Balancer::start(|directory| user.command(Path::new(env!("CARGO_BIN_EXE_preface")), directory), config)
 }
 
+/// `preface` by a command that is made for its directory.
+#[track_caller]
+pub fn preface_by(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
+    Balancer::start(command, config)
+}
+
 impl Balancer {
     #[track_caller]
     fn start(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
@@ -60,7 +66,7 @@ impl Balancer {
         let process = Process::start(&mut command);
         let mut balancer = Balancer { process, directory, ports };
         eventually("preface is ready", || {
-            assert!(balancer.process.is_running(), "preface ended at its start");
+            assert!(balancer.process.is_running(), "preface ended at its start: {}", balancer.process.stderr.text());
             balancer.try_ask("GET", "/readyz").is_ok_and(|response| response.status == 200).then_some(())
         });
         balancer
