@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 /// What a browser may do with the page: run the one script and the one style whose SHA-256 stand here, and call the admin
 /// API that it came from. Nothing may frame it: its buttons drain production. A test says what the hashes must be.
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-ZA4XpPgLp+aPAc6TuXFuIabVVsXaPN7OK5KudLvMXLU='; \
-    style-src 'sha256-y/bALihY4dZe+y4/4ZJS3vzRX1zjb1letBJlFUoj984='; \
+    script-src 'sha256-ERxiXpxC19Gpkby4IDOcuV9IFrRPG+G87In6ufSXUZA='; \
+    style-src 'sha256-tm0FRad5BUS32nqs0S1G8KFNJnaI/rBTz9NqasfHBNM='; \
     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("page/style.css");

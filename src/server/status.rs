@@ -12,6 +12,7 @@
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, datagrams_in, datagrams_out,
 //!              rates: RATES, latency: LATENCY,
+//!              now_ms: { connect, first_byte },   medians of the last seconds, or null
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ] } },
@@ -54,7 +55,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
 
@@ -64,6 +65,7 @@ use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
 use crate::server::problems::problems;
+use crate::server::slowness::Phase;
 use crate::server::state::State;
 use crate::server::suspicion::Suspicion;
 use crate::snapshot::{ListenerLife, Moved, SessionCounters};
@@ -176,6 +178,7 @@ impl State {
             "datagrams_in": counters.datagrams[0].load(Relaxed),
             "datagrams_out": counters.datagrams[1].load(Relaxed),
             "header_rejected": suspicion.map(Suspicion::value),
+            "now_ms": self.medians_now(&key),
             "slow": self.slow.of(&key).map(|(phase, slowness)| slowness.value(phase)),
             "rejections": rejections(upstream),
             "rates": self.history.upstream_rates(&key),
@@ -188,6 +191,16 @@ impl State {
             });
         }
         value
+    }
+
+    /// What connections took in the last seconds.
+    fn medians_now(&self, key: &UpstreamKey) -> Value {
+        let now = Instant::now();
+        let medians = Phase::ALL.into_iter().enumerate().map(|(kind, phase)| {
+            let [recent, _] = self.history.recent(key, kind, now);
+            (phase.as_str().to_owned(), json!(recent.percentiles().map(|all| all.p50)))
+        });
+        medians.collect()
     }
 
     fn process_value(&self) -> Value {

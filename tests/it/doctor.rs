@@ -11,6 +11,7 @@ use preface::config;
 use preface::proxy_protocol::{self, Decoded, Header, Version};
 use serde_json::Value;
 
+use crate::support::dns;
 use crate::support::more_peers::{self, is_root};
 use crate::support::peers::{haproxy, nginx};
 use crate::support::{Process, skip};
@@ -148,6 +149,59 @@ fn knows_tls_that_keeps_silent_about_it() {
     let value = requires(haproxy.headers, TAKES_ALL);
     assert_eq!(value["asked"], "a TLS handshake");
     expects_none(haproxy.plain);
+}
+
+/// DNS servers that require a header, as the distribution configures them for the tests: over UDP and over TCP.
+#[test]
+fn knows_dns_servers() {
+    for (name, server) in [("unbound", dns::unbound()), ("recursor", dns::recursor()), ("dnsdist", dns::dnsdist())] {
+        let address = format!("127.0.0.1:{}", server.port);
+        for (over, answered) in [(&["--udp"][..], "v2 v2_local v2_tlvs"), (&[], "v2 v2_local v2_tlvs")] {
+            let question = ["--dns", "doctor.who", "--timeout", "1s", "--json"];
+            let (code, output) = doctor(&[&[address.as_str()], over, &question].concat());
+            let value: Value =
+                serde_json::from_str(&output).unwrap_or_else(|error| panic!("{name}: {error}: {output}"));
+            let tries = value["tries"].as_array().expect("tries").iter().filter(|one| one["outcome"] == "answered");
+            let yes: Vec<&str> = tries.filter_map(|one| one["header"].as_str()).collect();
+            assert_eq!((code, value["expects"].as_str()), (Some(0), Some("header_required")), "{name}: {value:#}");
+            assert_eq!(yes.join(" "), answered, "{name} {over:?}: {value:#}");
+            assert_eq!(value["proxy_protocol"], "v2", "{name}: {value:#}");
+            // What it recommends is a configuration, and nothing to warn of.
+            let protocol = if over.is_empty() { "tcp" } else { "udp" };
+            let toml = value["toml"].as_str().expect("lines");
+            let text = format!("[listeners.l]\nbind = \":53\"\nprotocol = \"{protocol}\"\npool = \"NAME\"\n{toml}");
+            let parsed = config::parse("toml", &text).unwrap_or_else(|error| panic!("{error:?}\n{text}"));
+            assert!(parsed.warnings.is_empty(), "{:?}\n{text}", parsed.warnings);
+        }
+    }
+}
+
+/// A file whose pool serves UDP is held against what answers there over UDP, with the question of its check.
+#[test]
+fn holds_a_file_against_dns_servers_over_udp() {
+    let server = dns::unbound();
+    let question: String = dns::query(0x1234, "doctor").iter().map(|byte| format!("\\u{byte:04x}")).collect();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let file = directory.path().join("preface.toml");
+    let path = file.display().to_string();
+    let told = |header: &str| {
+        let text = format!(
+            "[listeners.dns]\nbind = \":53\"\nprotocol = \"udp\"\npool = \"dns\"\n\
+             [pools.dns]\nproxy_protocol = \"{header}\"\nupstreams = [\"127.0.0.1:{}\"]\n\
+             [pools.dns.health_check]\nprotocol = \"udp\"\nsend = \"{question}\"\nexpect = \"\\u0012\\u0034\"\n",
+            server.port
+        );
+        std::fs::write(&file, text).expect("the file is written");
+        let (code, text) = doctor(&["--config", &path, "--timeout", "1s"]);
+        (code, without_ports(&text.replace(&path, "preface.toml"), &[(server.port, "UNBOUND")]))
+    };
+    let (code, wrong) = told("off");
+    assert_eq!(code, Some(1), "{wrong}");
+    insta::assert_snapshot!(wrong);
+    let (code, right) = told("v2");
+    assert_eq!(code, Some(0), "{right}");
+    let (code, text) = doctor(&["127.0.0.1:5000", "--udp"]);
+    assert!(code == Some(1) && text.contains("what should be asked of 127.0.0.1:5000?"), "{text}");
 }
 
 /// What a receiver of the test does with the bytes so far.

@@ -30,6 +30,13 @@
     if (node.textContent !== text) node.textContent = text;
   }
 
+  /// Text in which commands stand between backticks.
+  function tell(node, text) {
+    if (node.told_ === text) return;
+    node.told_ = text;
+    node.replaceChildren(...text.split("`").map((part, at) => (at % 2 ? make("code", "", part) : part)));
+  }
+
   function dress(node, className) {
     if (node.className !== className) node.className = className;
   }
@@ -87,9 +94,9 @@
   }
 
   const SVG = "http://www.w3.org/2000/svg";
-  function plot(fault) {
+  function plot(className) {
     const node = document.createElementNS(SVG, "svg");
-    node.setAttribute("class", fault ? "plot fault" : "plot");
+    node.setAttribute("class", className ? "plot " + className : "plot");
     node.setAttribute("viewBox", "0 0 100 30");
     node.setAttribute("preserveAspectRatio", "none");
     node.setAttribute("role", "img");
@@ -101,7 +108,7 @@
   }
 
   /// The highest value of each of PLOT_POINTS slices of time: a short peak must not vanish.
-  function draw(node, points, now, unit) {
+  function draw(node, points, now, unit, { what, atLeast } = {}) {
     const slices = new Array(PLOT_POINTS).fill(null);
     let top = 0;
     for (const [time, value] of points) {
@@ -111,14 +118,15 @@
       top = Math.max(top, value);
     }
     const line = [];
+    const height = Math.max(top, atLeast || 0) || 1;
     slices.forEach((value, slice) => {
-      if (value !== null) line.push((slice / (PLOT_POINTS - 1) * 100).toFixed(1) + "," + (29 - value / (top || 1) * 27).toFixed(1));
+      if (value !== null) line.push((slice / (PLOT_POINTS - 1) * 100).toFixed(1) + "," + (29 - value / height * 27).toFixed(1));
     });
     if (line.length === 1) line.unshift(line[0].replace(/^[^,]*/, "0"));
     node.line_.setAttribute("points", line.join(" "));
     const ends = line.length ? [line[0].split(",")[0] + ",30", line[line.length - 1].split(",")[0] + ",30"] : [];
     node.area_.setAttribute("points", ends.length ? [ends[0], ...line, ends[1]].join(" ") : "");
-    node.name_.textContent = "last ten minutes, at most " + unit(top);
+    node.name_.textContent = (what ? what + ", " : "") + "last ten minutes, at most " + unit(top);
   }
 
   // ---- Numbers
@@ -224,7 +232,11 @@
       column("lx:" + name, drops.length ? sum(drops) : list(value.sessions.open).map((open) => (number(open) === null ? null : 0)));
     }
     for (const [name, pool] of entries(history.pools)) {
-      for (const [address, value] of entries(pool.upstreams)) column("u:" + JSON.stringify([name, address]), value.connections_per_s);
+      for (const [address, value] of entries(pool.upstreams)) {
+        const key = JSON.stringify([name, address]);
+        column("u:" + key, value.connections_per_s);
+        column("t:" + key, value.first_byte_ms && value.first_byte_ms.p50);
+      }
     }
   }
 
@@ -325,6 +337,7 @@
       row.in = rate("ui:" + key, model.now, number(upstream.bytes_in));
       row.out = rate("uo:" + key, model.now, number(upstream.bytes_out));
       row.failing = rate("uf:" + key, model.now, number(upstream.connect_failures));
+      note("t:" + key, model.now, number(upstream.now_ms && upstream.now_ms.first_byte));
       // Until two looks can be compared.
       const rates = upstream.rates || {};
       row.rate ??= number(rates.connections_per_s);
@@ -374,7 +387,7 @@
       say(node.text_, words(problem.what));
       say(node.since_, problem.since ? since(problem.since, model.now) : "");
       node.since_.hidden = !problem.since;
-      say(node.advice_, words(problem.advice));
+      tell(node.advice_, words(problem.advice));
       node.advice_.hidden = !problem.advice;
     });
   }
@@ -395,7 +408,7 @@
       node.classList.add("tile");
       node.title_.remove();
       node.figure_ = make("p", "figure");
-      node.plot_ = plot(tile.fault);
+      node.plot_ = plot(tile.fault && "fault");
       node.append(node.figure_, node.plot_);
       return node;
     }, (node, tile) => {
@@ -419,7 +432,7 @@
     { key: "state", name: "state", className: "state" },
     { key: "open", name: "open", number: true },
     { key: "rate", name: "new", number: true },
-    { key: "plot", name: "last 10 min" },
+    { key: "plot", name: "10 min: new, first byte" },
     { key: "bytes", name: "in, out", number: true },
     { key: "connect", name: "connect p50, p99", number: true, of: "tcp" },
     { key: "first", name: "first byte p50, p99", number: true, of: "tcp" },
@@ -437,12 +450,14 @@
       return node;
     }, (node, pool) => {
       const rows = pool.upstreams.length > UPSTREAMS_MAX ? pool.upstreams.slice().sort((one, other) => one.rank - other.rank) : pool.upstreams;
+      // One scale for all of a pool: what is slow beside its siblings looks it.
+      const slowest = pool.upstreams.reduce((most, upstream) => of("t:" + upstream.key).reduce((most, [, time]) => Math.max(most, time), most), 0);
       let about = pool.usable + " of " + pool.upstreams.length + " healthy and enabled";
       if (pool.value.balance) about += ", " + words(pool.value.balance);
       about += latencies(pool.value);
       say(node.about_, about);
       say(node.more_, rows.length > UPSTREAMS_MAX ? (rows.length - UPSTREAMS_MAX) + " more, in no worse state: see /status" : "");
-      keep(node.table_.rows_, rows.slice(0, UPSTREAMS_MAX), (upstream) => upstream.key, () => upstreamRow(pool.columns), (tr, upstream) => showUpstream(tr, upstream, model));
+      keep(node.table_.rows_, rows.slice(0, UPSTREAMS_MAX), (upstream) => upstream.key, () => upstreamRow(pool.columns), (tr, upstream) => showUpstream(tr, upstream, model, slowest));
     });
   }
 
@@ -451,7 +466,9 @@
     const { address, state, plot: cell, bytes, connect, first, trip, orders } = node.cells_;
     address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
     state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), document.createTextNode(" "), (node.fault_ = make("span", "badge bad")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
-    cell.append((node.plot_ = plot()));
+    const plots = make("span", "plots");
+    plots.append((node.plot_ = plot()), (node.waits_ = plot("time")));
+    cell.append(plots);
     const lines = (cell) => { const two = [make("span", "line"), make("span", "line")]; cell.append(...two); return two; };
     [node.in_, node.out_] = lines(bytes);
     node.times_ = [[connect, "connect"], [first, "first_byte"], [trip, "round_trip"]].filter(([cell]) => cell).map(([cell, kind]) => [lines(cell), kind]);
@@ -469,7 +486,7 @@
   const HEALTH = { healthy: "good", unhealthy: "bad" };
   const ADMIN = { enabled: "", draining: "warn", disabled: "warn" };
 
-  function showUpstream(node, upstream, model) {
+  function showUpstream(node, upstream, model, slowest) {
     const { value, address } = upstream;
     const cells = node.cells_;
     node.upstream_ = upstream;
@@ -497,14 +514,17 @@
     say(node.out_, bytesPerSecond(upstream.out));
     for (const [lines, kind] of node.times_) {
       const { p50, p99 } = measured(value, kind);
-      say(lines[0], milliseconds(number(p50)));
+      const isSlow = Boolean(value.slow && value.slow.phase === kind);
+      // The last minute may have been quicker than now.
+      say(lines[0], isSlow ? milliseconds(number(value.slow.now_ms)) + " now" : milliseconds(number(p50)));
       say(lines[1], milliseconds(number(p99)));
-      lines[0].classList.toggle("count-bad", Boolean(value.slow && value.slow.phase === kind));
+      lines[0].classList.toggle("count-bad", isSlow);
     }
     const failures = number(value.connect_failures);
     say(cells.failures, count(failures) + (upstream.failing > 0 ? ", " + perSecond(upstream.failing) : ""));
     cells.failures.classList.toggle("count-bad", upstream.failing > 0);
-    draw(node.plot_, of("u:" + upstream.key), model.now, perSecond);
+    draw(node.plot_, of("u:" + upstream.key), model.now, perSecond, { what: "new connections" });
+    draw(node.waits_, of("t:" + upstream.key), model.now, milliseconds, { what: "first byte, median", atLeast: slowest });
     node.drain_.hidden = value.admin !== "enabled";
     node.disable_.hidden = value.admin === "disabled" || !value.admin;
     node.enable_.hidden = value.admin === "enabled" || !value.admin;

@@ -1,12 +1,12 @@
 //! PURE. What to write into the configuration, and what is wrong with what stands there.
 
 use super::judge::{Diagnosis, Expectation, Takes, status};
-use super::tries::{Question, Try};
-use crate::config::{CheckCommand, CheckHeader, HealthCheck, Probe, Version};
+use super::tries::{DNS_ID, Question, Try};
+use crate::config::{CheckCommand, CheckHeader, HeaderFormat, HealthCheck, Probe};
 
 /// The word of `proxy_protocol`.
-pub fn word(version: Option<Version>) -> &'static str {
-    version.map_or("off", Version::as_str)
+pub fn word(version: Option<HeaderFormat>) -> &'static str {
+    version.map_or("off", HeaderFormat::as_str)
 }
 
 /// The conclusion in one sentence.
@@ -43,19 +43,18 @@ pub fn found_word(expects: &Expectation) -> &'static str {
 }
 
 fn versions(takes: Takes) -> &'static str {
-    match (takes.v1, takes.v2) {
-        (true, true) => "v1 or v2",
-        (true, false) => "v1",
-        _ => "v2",
+    match (takes.v1, takes.v2, takes.spp) {
+        (true, true, _) => "v1 or v2",
+        (true, false, _) => "v1",
+        (_, true, true) => "v2 or spp",
+        (_, true, false) => "v2",
+        _ => "spp",
     }
 }
 
 fn takes_words(takes: Takes) -> String {
-    let mut words = match (takes.v1, takes.v2) {
-        (true, true) => "v1 or v2".to_owned(),
-        (true, false) => "v1 only".to_owned(),
-        _ => "v2 only".to_owned(),
-    };
+    let one = [takes.v1, takes.v2, takes.spp].iter().filter(|takes| **takes).count() == 1;
+    let mut words = format!("{}{}", versions(takes), if one { " only" } else { "" });
     words += match (takes.v2, takes.local, takes.tlvs) {
         (true, false, false) => ", but refuses LOCAL and these TLVs",
         (true, false, true) => ", but refuses LOCAL",
@@ -66,7 +65,7 @@ fn takes_words(takes: Takes) -> String {
 }
 
 /// The header that traffic should get; `None`: none.
-pub fn version(expects: &Expectation) -> Option<Option<Version>> {
+pub fn version(expects: &Expectation) -> Option<Option<HeaderFormat>> {
     match expects {
         Expectation::NoHeader => Some(None),
         Expectation::Required(takes) | Expectation::Optional(takes) => Some(Some(takes.best())),
@@ -85,8 +84,10 @@ pub fn toml(diagnosis: &Diagnosis, pool: &str, address: &str) -> Vec<String> {
         format!("[pools.{pool}.health_check]"),
     ];
     lines.extend(check_lines(diagnosis));
-    if let (Some(Version::V2), Some(takes)) = (version, takes(&diagnosis.expects))
+    // Over UDP a check names its own address anyway.
+    if let (Some(HeaderFormat::V2), Some(takes)) = (version, takes(&diagnosis.expects))
         && !takes.local
+        && !diagnosis.is_of_datagrams()
     {
         lines.push("proxy_command = \"proxy\"            # it refuses LOCAL".to_owned());
     }
@@ -101,7 +102,8 @@ fn takes(expects: &Expectation) -> Option<Takes> {
 }
 
 fn check_lines(diagnosis: &Diagnosis) -> Vec<String> {
-    let tcp = "protocol = \"tcp\"".to_owned();
+    let transport = if diagnosis.is_of_datagrams() { "udp" } else { "tcp" };
+    let tcp = format!("protocol = \"{transport}\"");
     let line = |key: &str, value: &str| format!("{key} = {}", toml_text(value));
     if let Some(greeting) = diagnosis.greeting() {
         let begins = ["220", "+OK", "* OK", "SSH-"].into_iter().find(|begin| greeting.starts_with(begin.as_bytes()));
@@ -118,6 +120,11 @@ fn check_lines(diagnosis: &Diagnosis) -> Vec<String> {
             lines
         }
         Question::Tls => vec![tcp],
+        Question::Dns { .. } if diagnosis.is_of_datagrams() => {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            vec![tcp, line("send", &text(&diagnosis.question.datagram())), line("expect", &text(&DNS_ID))]
+        }
+        Question::Dns { .. } => vec![tcp],
         Question::Given { send, expect } => {
             let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok().filter(|text| !text.is_empty());
             let mut lines = vec![tcp];
@@ -137,6 +144,15 @@ pub fn checks(diagnosis: &Diagnosis) -> Vec<String> {
     let says =
         |attempt| diagnosis.outcome(attempt).map_or_else(|| "not tried".to_owned(), |outcome| outcome.describe());
     let mut notes = Vec::new();
+    if diagnosis.is_of_datagrams() {
+        if let Some(takes) = takes(&diagnosis.expects).filter(|takes| takes.v2) {
+            notes.push("preface's check over UDP sends the header with its own address, and passes".to_owned());
+            if !takes.local {
+                notes.push(format!("one with proxy_command = \"local\" fails ({})", says(Try::Local)));
+            }
+        }
+        return notes;
+    }
     match &diagnosis.expects {
         Expectation::NoHeader => {
             notes.push("a check without a header passes".to_owned());
@@ -176,12 +192,13 @@ pub fn checks(diagnosis: &Diagnosis) -> Vec<String> {
 
 fn with_header(takes: Takes) -> String {
     match (takes.best(), takes.local) {
-        (Version::V2, true) => "preface's check sends LOCAL by default, and passes".to_owned(),
-        (Version::V2, false) => {
+        (HeaderFormat::V2, true) => "preface's check sends LOCAL by default, and passes".to_owned(),
+        (HeaderFormat::V2, false) => {
             "a check with LOCAL (HAProxy's, Envoy's, AWS's, preface's by default) fails: proxy_command = \"proxy\""
                 .to_owned()
         }
-        (Version::V1, _) => "preface's check sends v1 with its own address, and passes".to_owned(),
+        (HeaderFormat::Spp, _) => "preface's check sends spp with its own address, and passes".to_owned(),
+        (HeaderFormat::V1, _) => "preface's check sends v1 with its own address, and passes".to_owned(),
     }
 }
 
@@ -220,7 +237,7 @@ pub struct Problem {
 #[derive(Clone, Debug)]
 pub struct Configured {
     /// `None`: no header.
-    pub version: Option<Version>,
+    pub version: Option<HeaderFormat>,
     /// TLVs go with it.
     pub tlvs: bool,
     /// The check on this port, if there is one.
@@ -252,20 +269,19 @@ fn traffic(configured: &Configured, diagnosis: &Diagnosis) -> Option<Problem> {
     let change =
         |what: String| Some(Problem { what, place: Place::Upstream, key: "proxy_protocol", value: Some(word(wanted)) });
     let says = |attempt| diagnosis.outcome(attempt).map_or_else(String::new, |outcome| outcome.describe());
+    let fails = if diagnosis.is_of_datagrams() { "every datagram is lost" } else { "every connection fails" };
     match (&diagnosis.expects, configured.version) {
         (Expectation::NoHeader, Some(version)) => {
-            let (attempt, sent) = if version == Version::V1 { (Try::V1, "v1") } else { (Try::V2, "v2") };
-            change(format!("it expects no header and gets {sent}: every connection fails ({})", says(attempt)))
+            change(format!("it expects no header and gets {}: {fails} ({})", version.as_str(), says(Try::of(version))))
         }
         (Expectation::Required(_), None) => {
-            change(format!("it requires a header and gets none: every connection fails ({})", says(Try::Bare)))
+            change(format!("it requires a header and gets none: {fails} ({})", says(Try::Bare)))
         }
         (Expectation::Optional(_), None) => change(format!("it takes a header and gets none: {OPTIONAL}")),
         (Expectation::Required(takes) | Expectation::Optional(takes), Some(version)) if !takes.version(version) => {
-            let attempt = if version == Version::V1 { Try::V1 } else { Try::V2 };
-            change(format!("it refuses {}: {}", version.as_str(), says(attempt)))
+            change(format!("it refuses {}: {}", version.as_str(), says(Try::of(version))))
         }
-        (Expectation::Required(takes) | Expectation::Optional(takes), Some(Version::V2))
+        (Expectation::Required(takes) | Expectation::Optional(takes), Some(HeaderFormat::V2))
             if configured.tlvs && !takes.tlvs =>
         {
             let what = format!("it refuses the header with these TLVs: {}", says(Try::Tlvs));
@@ -276,25 +292,30 @@ fn traffic(configured: &Configured, diagnosis: &Diagnosis) -> Option<Problem> {
 }
 
 /// Which try is what this check sends.
-pub fn sent_by(check: &HealthCheck, traffic: Option<Version>) -> Try {
+pub fn sent_by(check: &HealthCheck, traffic: Option<HeaderFormat>) -> Try {
     let version = match check.proxy_protocol {
         CheckHeader::Off => None,
         CheckHeader::Same => traffic,
-        CheckHeader::Format(format) => format.version(),
+        CheckHeader::Format(format) => Some(format),
     };
     match (version, check.proxy_command) {
         (None, _) => Try::Bare,
-        (Some(Version::V1), CheckCommand::Unknown) => Try::Unknown,
-        (Some(Version::V1), _) => Try::V1,
-        (Some(Version::V2), CheckCommand::Proxy) => Try::V2,
-        (Some(Version::V2), _) => Try::Local,
+        (Some(HeaderFormat::V1), CheckCommand::Unknown) => Try::Unknown,
+        (Some(HeaderFormat::V1), _) => Try::V1,
+        (Some(HeaderFormat::V2), CheckCommand::Proxy) => Try::V2,
+        (Some(HeaderFormat::V2), _) => Try::Local,
+        (Some(HeaderFormat::Spp), _) => Try::Spp,
     }
 }
 
-fn check_problem(check: &HealthCheck, version: Option<Version>, diagnosis: &Diagnosis) -> Option<Problem> {
+fn check_problem(check: &HealthCheck, version: Option<HeaderFormat>, diagnosis: &Diagnosis) -> Option<Problem> {
     let sent = sent_by(check, version);
     let outcome = diagnosis.outcome(sent)?;
     let asks_nothing = matches!(&check.probe, Probe::Tcp { send, expect } if send.is_empty() && expect.is_empty());
+    // Silence is good enough for these.
+    if matches!(&check.probe, Probe::Udp { expect, .. } if expect.is_empty()) {
+        return None;
+    }
     if outcome.is_answered()
         || super::advice::version(&diagnosis.expects).is_none()
         || sent == Try::Bare && asks_nothing

@@ -9,7 +9,7 @@ use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
 use crate::address::Address;
-use crate::config::{Bind, Config, HeaderFormat, HealthCheck, Pool, Probe, Tlvs, UpstreamAddress};
+use crate::config::{Bind, Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, UpstreamAddress};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,10 @@ pub struct Target {
     pub address: Address,
     /// Who connects there.
     pub role: Role,
+    /// Over UDP.
+    pub is_datagram: bool,
+    /// Over UDP: the header has a datagram of its own.
+    pub header_alone: bool,
     /// The pool's first source address.
     pub source: Option<IpAddr>,
     /// What is asked.
@@ -47,6 +51,7 @@ impl Target {
     /// One examination will do for both.
     pub fn asks_the_same_as(&self, other: &Target) -> bool {
         self.address == other.address
+            && (self.is_datagram, self.header_alone) == (other.is_datagram, other.header_alone)
             && self.source == other.source
             && self.question == other.question
             && (self.configured.tlvs, &self.tlvs) == (other.configured.tlvs, &other.tlvs)
@@ -56,6 +61,7 @@ impl Target {
     pub fn describe_configured(&self) -> String {
         match (self.role, &self.configured.check) {
             (Role::Check, Some(check)) => format!("check: {}", sent_by(check, self.configured.version).name()),
+            _ if self.is_datagram => format!("udp: {}", self.configured.describe()),
             _ => self.configured.describe(),
         }
     }
@@ -115,41 +121,68 @@ impl Finding {
     }
 }
 
-/// Everything that preface would connect to, in the order of pools and upstreams.
+/// Everything that preface would connect or send to, in the order of pools and upstreams.
 pub fn targets(config: &Config) -> Vec<Target> {
     let mut found = Vec::new();
     for pool in config.pools.values() {
-        let listeners: Vec<_> = config.listeners.values().filter(|listener| listener.pool == pool.name).collect();
-        for (index, upstream) in pool.upstreams.iter().enumerate() {
-            let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
-            let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
-            let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).filter_map(Bind::port);
-            let addresses: BTreeSet<Address> = match upstream.address.takes_port() {
-                true => of_listeners.map(|port| upstream.address.at(Some(port))).collect(),
-                false => [upstream.address.at(None)].into(),
-            };
-            let check_port = pool.health_check.as_ref().and_then(|check| check.port);
-            let new = |address: Address, role, check: Option<&HealthCheck>| {
-                let (question, guessed) = question(check, address.port());
-                let has_tlvs = tlvs != Tlvs::default();
-                let configured = Configured {
-                    version: upstream.proxy_protocol.and_then(HeaderFormat::version),
-                    tlvs: has_tlvs,
-                    check: check.cloned(),
-                };
-                let (pool, source, tlvs) = (pool.name.clone(), source(pool, &upstream.address), tlvs.clone());
-                Target { pool, index, address, role, source, question, guessed, tlvs, configured }
-            };
-            for address in &addresses {
-                let check =
-                    pool.health_check.as_ref().filter(|_| check_port.is_none_or(|own| address.port() == Some(own)));
-                found.push(new(address.clone(), Role::Traffic, check));
+        let listeners: Vec<&Listener> = config
+            .listeners
+            .values()
+            .filter(|listener| listener.pool == pool.name)
+            .map(|listener| &**listener)
+            .collect();
+        for index in 0..pool.upstreams.len() {
+            found.extend(of_upstream(pool, index, &listeners));
+        }
+    }
+    found
+}
+
+fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target> {
+    let mut found = Vec::new();
+    let upstream = &pool.upstreams[index];
+    let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
+    let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
+    let new = |address: Address, role, protocol, check: Option<&HealthCheck>| {
+        let (is_datagram, port) = (protocol == Protocol::Udp, address.port());
+        let (question, guessed) = if is_datagram { question_of_datagrams(check, port) } else { question(check, port) };
+        let configured =
+            Configured { version: upstream.proxy_protocol, tlvs: tlvs != Tlvs::default(), check: check.cloned() };
+        let header_alone = is_datagram && pool.udp_header == UdpHeader::FirstAlone;
+        let (source, tlvs, pool) = (source(pool, &upstream.address), tlvs.clone(), pool.name.clone());
+        Target { pool, index, address, role, is_datagram, header_alone, source, question, guessed, tlvs, configured }
+    };
+    let addresses_of = |of: &mut dyn Iterator<Item = &&Listener>| -> BTreeSet<Address> {
+        match upstream.address.takes_port() {
+            true => {
+                let ports = of.flat_map(|listener| &listener.binds).filter_map(Bind::port);
+                ports.map(|port| upstream.address.at(Some(port))).collect()
             }
-            let is_traffic = |port| addresses.iter().any(|address| address.port() == Some(port));
-            if let (Some(ip), Some(port)) = (upstream.address.ip(), check_port.filter(|port| !is_traffic(*port))) {
-                let address = UpstreamAddress::Ip(ip, Some(port)).at(None);
-                found.push(new(address, Role::Check, pool.health_check.as_ref()));
-            }
+            false => [upstream.address.at(None)].into(),
+        }
+    };
+    let check = pool.health_check.as_ref();
+    let checked_over = |check: &HealthCheck| match check.probe {
+        Probe::Udp { .. } => Protocol::Udp,
+        _ => Protocol::Tcp,
+    };
+    // A UNIX socket has no other port to be checked on.
+    let own = check.and_then(|check| Some(UpstreamAddress::Ip(upstream.address.ip()?, Some(check.port?)).at(None)));
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        // A pool that nobody sends to may still be looked at.
+        let is_used = listeners.iter().any(|listener| listener.serves(protocol))
+            || listeners.is_empty() && protocol == Protocol::Tcp;
+        let addresses = addresses_of(&mut listeners.iter().filter(|listener| listener.serves(protocol)));
+        let check = check.filter(|check| checked_over(check) == protocol);
+        for address in addresses.iter().filter(|_| is_used) {
+            let check = check.filter(|_| own.as_ref().is_none_or(|own| own == address));
+            found.push(new(address.clone(), Role::Traffic, protocol, check));
+        }
+        // Where the check goes, if no traffic does.
+        let of_check = own.clone().map_or_else(|| addresses_of(&mut listeners.iter()), |own| [own].into());
+        let is_traffic = |address: &Address| is_used && addresses.contains(address);
+        for address in of_check.into_iter().filter(|address| check.is_some() && !is_traffic(address)) {
+            found.push(new(address, Role::Check, protocol, check));
         }
     }
     found
@@ -169,6 +202,17 @@ fn question(check: Option<&HealthCheck>, port: Option<u16>) -> (Question, bool) 
         }
         _ => (Question::usual(port), true),
     }
+}
+
+/// The check's own question, or what its port says; else nothing can be asked.
+fn question_of_datagrams(check: Option<&HealthCheck>, port: Option<u16>) -> (Question, bool) {
+    if let Some(Probe::Udp { send, expect }) = check.map(|check| &check.probe)
+        && !expect.is_empty()
+    {
+        return (Question::Given { send: send.clone(), expect: expect.clone() }, false);
+    }
+    let nothing = Question::Given { send: Vec::new(), expect: Vec::new() };
+    (Question::usual_of_datagrams(port).unwrap_or(nothing), false)
 }
 
 /// Finds the place of each change in the file.

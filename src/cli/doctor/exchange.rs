@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
+use super::datagram;
 use super::judge::{End, Exchange, Talk};
 use super::tries::{Question, Try, goodbye};
 use crate::address::Address;
 use crate::config::Tlvs;
 use crate::net::check::{self, Connection};
+use crate::proxy_protocol::Transport;
 
 /// Of an answer this much is looked at, and this much is read at the close.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
@@ -38,10 +40,17 @@ pub struct Subject {
     pub timeout: Duration,
     /// Those of the try with TLVs.
     pub tlvs: Tlvs,
+    /// Over UDP.
+    pub is_datagram: bool,
+    /// Over UDP: the header has a datagram of its own.
+    pub header_alone: bool,
 }
 
 /// Makes one connection. Whatever goes wrong is part of what comes back.
 pub async fn exchange(subject: &Subject, attempt: Try, question: &Question, talk: Talk) -> Exchange {
+    if subject.is_datagram {
+        return datagram::exchange(subject, attempt, question).await;
+    }
     let started = Instant::now();
     let mut exchange = Exchange::new(attempt);
     let connecting = timeout(subject.timeout, check::connect(&subject.to, subject.source));
@@ -72,7 +81,8 @@ async fn converse(
     stream: &mut Connection,
     exchange: &mut Exchange,
 ) -> io::Result<()> {
-    let header = exchange.attempt.header(&subject.tlvs, stream.ends()?.unwrap_or(STAND_INS));
+    let ends = stream.ends()?.unwrap_or(STAND_INS);
+    let header = exchange.attempt.header(&subject.tlvs, ends, Transport::Stream);
     exchange.header = header.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
     let asked = question.bytes(&subject.to);
     let settle = SETTLE_MAX.min(subject.timeout / 2);
@@ -164,7 +174,7 @@ fn ended(error: &io::Error) -> End {
 }
 
 /// The system's words without its number: "connection refused".
-fn words(error: &io::Error) -> String {
+pub fn words(error: &io::Error) -> String {
     let text = error.to_string().to_lowercase();
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::tries::{Question, Try, contains};
-use crate::proxy_protocol::Version;
+use super::tries::{DNS_ID, Question, Try, contains};
+use crate::config::HeaderFormat;
 
 /// Who speaks first, as far as it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,8 @@ pub struct Exchange {
     pub connect: Option<Duration>,
     /// From the last that was sent to the first byte after it.
     pub answer_after: Option<Duration>,
+    /// Over UDP: there was nothing to connect.
+    pub is_datagram: bool,
 }
 
 impl Exchange {
@@ -66,6 +68,7 @@ impl Exchange {
             duration: Duration::ZERO,
             connect: None,
             answer_after: None,
+            is_datagram: false,
         }
     }
 
@@ -140,20 +143,27 @@ pub struct Takes {
     pub tlvs: bool,
     /// `PROXY UNKNOWN`.
     pub unknown: bool,
+    /// Simple Proxy Protocol, over UDP.
+    pub spp: bool,
 }
 
 impl Takes {
     /// Is this one taken?
-    pub fn version(self, version: Version) -> bool {
+    pub fn version(self, version: HeaderFormat) -> bool {
         match version {
-            Version::V1 => self.v1,
-            Version::V2 => self.v2,
+            HeaderFormat::V1 => self.v1,
+            HeaderFormat::V2 => self.v2,
+            HeaderFormat::Spp => self.spp,
         }
     }
 
     /// The better one of those taken.
-    pub fn best(self) -> Version {
-        if self.v2 { Version::V2 } else { Version::V1 }
+    pub fn best(self) -> HeaderFormat {
+        match (self.v2, self.v1) {
+            (true, _) => HeaderFormat::V2,
+            (_, true) => HeaderFormat::V1,
+            _ => HeaderFormat::Spp,
+        }
     }
 }
 
@@ -196,6 +206,16 @@ impl Diagnosis {
         let outcomes: Vec<_> = exchanges.into_iter().map(judged).collect();
         let expects = expectation(&outcomes, &question);
         Diagnosis { question, outcomes, expects }
+    }
+
+    /// Nothing could be asked; why.
+    pub fn unasked(question: Question, why: String) -> Diagnosis {
+        Diagnosis { question, outcomes: Vec::new(), expects: Expectation::Unclear(why) }
+    }
+
+    /// Was it examined over UDP?
+    pub fn is_of_datagrams(&self) -> bool {
+        self.outcomes.first().is_some_and(|(exchange, _)| exchange.is_datagram)
     }
 
     /// The same try once more: if it was quicker, that is how quick it is.
@@ -277,6 +297,7 @@ fn outcome(exchange: &Exchange, question: &Question, bare: Option<&Exchange>) ->
         _ if is_greeting => greeting(exchange, question, bare),
         Question::Http { .. } => http(&answer, bare),
         Question::Tls => tls(&answer),
+        Question::Dns { .. } => dns(answer.get(if exchange.is_datagram { 0 } else { 2 }..).unwrap_or_default()),
         Question::Given { expect, .. } => given(&answer, expect, bare),
     };
     result.map_or_else(Outcome::Complained, Outcome::Answered)
@@ -364,6 +385,21 @@ fn tls(answer: &[u8]) -> Judged {
     }
 }
 
+/// An answer to what was asked. Whoever takes the header for the question answers to that: with another ID, and that it
+/// is malformed or of no known kind (RFC 1035, section 4.1.1).
+fn dns(answer: &[u8]) -> Judged {
+    const CODES: [&str; 6] = ["NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED"];
+    let [first, second, flags, code, ..] = *answer else { return Err(excerpt(answer)) };
+    let name = CODES.get(usize::from(code & 0x0f)).copied().unwrap_or("another code");
+    let is_answer = flags & 0x80 != 0;
+    match (is_answer && [first, second] == DNS_ID, name) {
+        (true, "FORMERR" | "NOTIMP") => Err(format!("DNS {name}")),
+        (true, _) => Ok(format!("DNS {name}")),
+        (false, _) if is_answer => Err(format!("DNS {name}, to another question than was asked")),
+        (false, _) => Err(excerpt(answer)),
+    }
+}
+
 fn given(answer: &[u8], expect: &[u8], bare: Option<&Exchange>) -> Judged {
     // The expected answer may follow a complaint about the header.
     let begins_otherwise = bare.is_some_and(|bare| {
@@ -386,11 +422,12 @@ fn expectation(outcomes: &[(Exchange, Outcome)], question: &Question) -> Expecta
         local: is_answered(Try::Local),
         tlvs: is_answered(Try::Tlvs),
         unknown: is_answered(Try::Unknown),
+        spp: is_answered(Try::Spp),
     };
     if let Some(Outcome::NotConnected(why)) = of(Try::Bare) {
         return Expectation::Unreachable(why.clone());
     }
-    match (is_answered(Try::Bare), takes.v1 || takes.v2) {
+    match (is_answered(Try::Bare), takes.v1 || takes.v2 || takes.spp) {
         (true, true) => Expectation::Optional(takes),
         (true, false) => Expectation::NoHeader,
         (false, true) => Expectation::Required(takes),

@@ -2,6 +2,7 @@
 
 pub mod advice;
 pub mod compare;
+pub mod datagram;
 pub mod exchange;
 pub mod judge;
 pub mod report;
@@ -22,7 +23,7 @@ use self::exchange::{Subject, exchange};
 use self::judge::{Diagnosis, Expectation, Outcome, better_question, talk};
 use self::tries::{Question, Try, usual_tlvs};
 use crate::address::Address;
-use crate::config::{self, Style};
+use crate::config::{self, Style, Tlvs};
 
 /// Upstreams that are examined at a time; one address at a time gets one connection.
 const ADDRESSES_AT_ONCE: usize = 16;
@@ -49,6 +50,7 @@ Exit status 0: there is a conclusion, and the configuration agrees; 1: a mismatc
 Examples:
   preface doctor 10.0.0.30:8080
   preface doctor 10.0.0.40:6379 --send 'PING\\r\\n' --expect +PONG
+  preface doctor 10.0.0.50:53 --udp --dns example.com
   preface doctor --config /etc/preface/preface.toml")]
 pub struct Args {
     /// The upstream: 10.0.0.30:8080, [2001:db8::30]:8080, name:8080, unix:/path
@@ -72,6 +74,12 @@ pub struct Args {
     /// Send a TLS ClientHello instead of an HTTP request
     #[arg(long, conflicts_with = "config")]
     pub tls: bool,
+    /// Ask over UDP: on port 53 for names, elsewhere with --dns or --send; without a header, with v2, LOCAL, TLVs, spp
+    #[arg(long, conflicts_with_all = ["config", "tls", "path", "host"])]
+    pub udp: bool,
+    /// Ask a DNS server for this name
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["config", "tls", "path", "host", "send", "expect"])]
+    pub dns: Option<String>,
     /// Connect from this address of this machine
     #[arg(long, value_name = "IP", conflicts_with = "config")]
     pub source: Option<IpAddr>,
@@ -101,8 +109,10 @@ async fn one_upstream(args: &Args) -> anyhow::Result<()> {
     let mut addresses = resolve(name)?.into_iter();
     let (to, diagnosis) = loop {
         let to = addresses.next().ok_or_else(|| anyhow!("{name:?} has no address"))?;
-        let (question, guessed) = question(args, &to);
-        let subject = Subject { to: to.clone(), source: args.source, timeout: args.timeout, tlvs: usual_tlvs() };
+        let (question, guessed) = question(args, &to)?;
+        let (source, timeout, is_datagram) = (args.source, args.timeout, args.udp);
+        let tlvs = usual_tlvs();
+        let subject = Subject { to: to.clone(), source, timeout, tlvs, is_datagram, header_alone: false };
         let diagnosis = examine(&subject, question, guessed).await;
         // As a client would: the next address of the name, while there is one.
         let is_reached = !matches!(diagnosis.expects, Expectation::Unreachable(_));
@@ -121,18 +131,27 @@ async fn one_upstream(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-fn question(args: &Args, to: &Address) -> (Question, bool) {
+fn question(args: &Args, to: &Address) -> anyhow::Result<(Question, bool)> {
     let bytes = |bytes: &Option<Bytes>| bytes.as_ref().map(|bytes| bytes.0.clone()).unwrap_or_default();
     if args.send.is_some() || args.expect.is_some() {
-        return (Question::Given { send: bytes(&args.send), expect: bytes(&args.expect) }, false);
+        return Ok((Question::Given { send: bytes(&args.send), expect: bytes(&args.expect) }, false));
     }
-    match args.tls {
+    if let Some(name) = &args.dns {
+        return Ok((Question::Dns { name: name.clone() }, false));
+    }
+    if args.udp {
+        let usual = Question::usual_of_datagrams(to.port());
+        let question =
+            usual.ok_or_else(|| anyhow!("what should be asked of {to}? --dns NAME, or --send and --expect"))?;
+        return Ok((question, false));
+    }
+    Ok(match args.tls {
         true => (Question::Tls, false),
         false if args.host.is_some() || args.path != "/" => {
             (Question::Http { path: args.path.clone(), host: args.host.clone() }, false)
         }
         false => (Question::usual(to.port()), true),
-    }
+    })
 }
 
 /// The addresses of a name, in its resolver's order.
@@ -152,7 +171,8 @@ fn resolve(name: &str) -> anyhow::Result<Vec<Address>> {
 async fn examine(subject: &Subject, mut question: Question, mut guessed: bool) -> Diagnosis {
     let mut exchanges = Vec::new();
     let mut made = 0;
-    let mut tries = Try::ALL.iter();
+    let all: &[Try] = if subject.is_datagram { &Try::UDP } else { &Try::ALL };
+    let mut tries = all.iter();
     while let Some(attempt) = tries.next() {
         let result = exchange(subject, *attempt, &question, talk(&exchanges, &question)).await;
         made += 1;
@@ -162,12 +182,13 @@ async fn examine(subject: &Subject, mut question: Question, mut guessed: bool) -
         if let Some(better) = better_question(&exchanges, &question).filter(|_| is_early) {
             (question, guessed) = (better, false);
             exchanges.clear();
-            tries = Try::ALL.iter();
+            tries = all.iter();
             continue;
         }
         let diagnosis = Diagnosis::new(question.clone(), exchanges.clone());
         let hopeless = |outcome: &Outcome| matches!(outcome, Outcome::Silent | Outcome::NotConnected(_));
-        let all_hopeless = diagnosis.outcomes.iter().all(|(_, outcome)| hopeless(outcome));
+        // A datagram tells nothing when it is lost, so all are sent.
+        let all_hopeless = !subject.is_datagram && diagnosis.outcomes.iter().all(|(_, outcome)| hopeless(outcome));
         let not_reached = matches!(diagnosis.outcomes[0].1, Outcome::NotConnected(_));
         if not_reached || (all_hopeless && exchanges.len() == Try::DECIDING) {
             return diagnosis;
@@ -223,7 +244,7 @@ async fn ask_slow_ones_again(findings: &mut [Finding], timeout: Duration) {
         let Some(attempt) = diagnosis.good_answer().map(|exchange| exchange.attempt) else { continue };
         let exchanges: Vec<_> = diagnosis.outcomes.iter().map(|(exchange, _)| exchange.clone()).collect();
         let talk = talk(&exchanges, &diagnosis.question);
-        let subject = Subject { to: target.address.clone(), source: target.source, timeout, tlvs: target.tlvs.clone() };
+        let subject = subject_of(target, target.tlvs.clone(), timeout);
         let again = exchange(&subject, attempt, &diagnosis.question, talk).await;
         diagnosis.quickened(again);
     }
@@ -258,15 +279,23 @@ async fn examine_address(targets: Vec<(usize, Target)>, timeout: Duration) -> Ve
         let same = findings.iter().find(|(_, finding)| finding.target.asks_the_same_as(&target));
         let diagnosis = match same {
             Some((_, finding)) => finding.diagnosis.clone(),
+            None if target.is_datagram && target.question.datagram().is_empty() => {
+                let why = "nothing is known to ask it: give the pool a check with protocol = \"udp\", send and expect";
+                Diagnosis::unasked(target.question.clone(), why.to_owned())
+            }
             None => {
                 let tlvs = if target.configured.tlvs { target.tlvs.clone() } else { usual_tlvs() };
-                let subject = Subject { to: target.address.clone(), source: target.source, timeout, tlvs };
-                examine(&subject, target.question.clone(), target.guessed).await
+                examine(&subject_of(&target, tlvs, timeout), target.question.clone(), target.guessed).await
             }
         };
         findings.push((index, Finding::new(target, diagnosis)));
     }
     findings
+}
+
+fn subject_of(target: &Target, tlvs: Tlvs, timeout: Duration) -> Subject {
+    let &Target { source, is_datagram, header_alone, .. } = target;
+    Subject { to: target.address.clone(), source, timeout, tlvs, is_datagram, header_alone }
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {

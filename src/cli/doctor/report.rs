@@ -15,7 +15,8 @@ const POOL: &str = "NAME";
 
 /// One upstream, for people.
 pub fn diagnosis_text(address: &Address, diagnosis: &Diagnosis) -> String {
-    let mut text = format!("{address}, asked: {}\n\n", asked(diagnosis));
+    let over = if diagnosis.is_of_datagrams() { " over UDP" } else { "" };
+    let mut text = format!("{address}{over}, asked: {}\n\n", asked(diagnosis));
     let mut rows = vec![["sent first".to_owned(), "bytes".to_owned(), "what it did".to_owned()]];
     for (exchange, outcome) in &diagnosis.outcomes {
         rows.push([exchange.attempt.name().to_owned(), exchange.header.len().to_string(), outcome.describe()]);

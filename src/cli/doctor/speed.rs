@@ -30,7 +30,11 @@ impl Speed {
     /// In a sentence: how fast, and what takes the time where it is much.
     pub fn describe(self) -> String {
         let Speed { connect_ms, answer_ms } = self;
-        let times = format!("It connects in {}, and answers after {}", words(connect_ms), words(answer_ms));
+        let times = match connect_ms > 0.0 {
+            true => format!("It connects in {}, and answers after {}", words(connect_ms), words(answer_ms)),
+            // Over UDP there is nothing to connect.
+            false => return format!("It answers after {}.", words(answer_ms)),
+        };
         match (connect_ms >= NOTABLE_MS, answer_ms >= NOTABLE_MS.max(connect_ms * 2.0)) {
             (true, _) => format!("{times}: look at the network on the way to it first."),
             (false, true) => {
@@ -63,14 +67,13 @@ pub fn slow(own: Speed, siblings: &[Speed]) -> Option<String> {
             words(connect_ms)
         ));
     }
+    let because = match own.connect_ms > 0.0 {
+        true => format!("it connects in {}, so it is the application there", words(own.connect_ms)),
+        false => "the application there, or the way to it (ping)".to_owned(),
+    };
     is_slow(own.answer_ms, answer_ms).then(|| {
-        format!(
-            "slow to answer: {}, its siblings {}; it connects in {}, so it is the application there: its load, its log, \
-             what it waits for",
-            words(own.answer_ms),
-            words(answer_ms),
-            words(own.connect_ms)
-        )
+        let (own, usual) = (words(own.answer_ms), words(answer_ms));
+        format!("slow to answer: {own}, its siblings {usual}; {because}: its load, its log, what it waits for")
     })
 }
 
@@ -81,7 +84,8 @@ pub fn compared(findings: &[Finding]) -> Vec<Option<String>> {
         let others = findings.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, other)| other);
         let siblings = others.filter(|other| {
             let (other, question) = (&other.target, &other.diagnosis.question);
-            (&other.pool, other.role, question) == (&own.pool, own.role, &finding.diagnosis.question)
+            (&other.pool, other.role, other.is_datagram, question)
+                == (&own.pool, own.role, own.is_datagram, &finding.diagnosis.question)
         });
         let siblings: Vec<Speed> = siblings.filter_map(|other| Speed::of(&other.diagnosis)).collect();
         slow(Speed::of(&finding.diagnosis)?, &siblings).filter(|_| own.role == Role::Traffic)

@@ -3,7 +3,8 @@
 use super::advice::{Configured, problems};
 use super::judge::{End, Exchange, Takes, Talk};
 use super::*;
-use crate::config::Version;
+use crate::config::HeaderFormat;
+use crate::proxy_protocol::Transport;
 
 const BAD_REQUEST: &[u8] = b"HTTP/1.1 400 Bad Request\r\n\r\n";
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\n\r\n";
@@ -21,7 +22,7 @@ fn came(attempt: Try, early: &[u8], late: &[u8], end: End) -> Exchange {
     let mut exchange = Exchange::new(attempt);
     let address = |text: &str| text.parse().unwrap();
     let (local, peer) = (address("192.0.2.1:40000"), address("192.0.2.2:80"));
-    exchange.header = attempt.header(&usual_tlvs(), (local, peer)).unwrap();
+    exchange.header = attempt.header(&usual_tlvs(), (local, peer), Transport::Stream).unwrap();
     (exchange.early, exchange.late, exchange.end) = (early.to_vec(), late.to_vec(), end);
     exchange.asked = early.is_empty();
     exchange
@@ -36,7 +37,7 @@ fn all(question: Question, bare: (&[u8], &[u8], End), headers: (&[u8], &[u8], En
     Diagnosis::new(question, Try::ALL.map(exchange).into())
 }
 
-const EVERYTHING: Takes = Takes { v1: true, v2: true, local: true, tlvs: true, unknown: true };
+const EVERYTHING: Takes = Takes { v1: true, v2: true, local: true, tlvs: true, unknown: true, spp: false };
 
 #[test]
 fn what_receivers_do_leads_to_what_they_expect() {
@@ -98,6 +99,29 @@ fn what_receivers_do_leads_to_what_they_expect() {
             (Expectation::Unclear(_), Expectation::Unclear(_)) => {}
             (found, expected) => assert_eq!(found, expected, "{told}"),
         }
+    }
+}
+
+/// Over UDP: the answers to no header, v2, LOCAL, TLVs, spp.
+#[test]
+fn what_dns_servers_answer_leads_to_what_they_expect() {
+    // Codes 0, 1 and 5; the last one is the answer to the signature of v2, taken for a question of unknown kind.
+    let (yes, malformed, refused) = (b"\x12\x34\x81\x80", b"\x12\x34\x81\x81", b"\x12\x34\x81\x85");
+    let to_signature = b"\x0d\x0a\x8d\x84";
+    let takes = |v2, local, spp| Takes { v1: false, v2, local, tlvs: v2, unknown: false, spp };
+    for (answers, expected) in [
+        ([&b""[..], yes, yes, yes, b""], Expectation::Required(takes(true, true, false))),
+        ([b"", yes, b"", yes, b""], Expectation::Required(takes(true, false, false))),
+        ([b"", b"", b"", b"", yes], Expectation::Required(takes(false, false, true))),
+        ([yes, to_signature, to_signature, to_signature, malformed], Expectation::NoHeader),
+        ([refused, b"", b"", b"", b""], Expectation::NoHeader),
+        ([refused, refused, refused, refused, b""], Expectation::Optional(takes(true, true, false))),
+    ] {
+        let exchange =
+            |(attempt, late): (Try, &[u8])| Exchange { is_datagram: true, ..came(attempt, b"", late, End::Open) };
+        let exchanges = Try::UDP.into_iter().zip(answers).map(exchange).collect();
+        let diagnosis = Diagnosis::new(Question::Dns { name: ".".to_owned() }, exchanges);
+        assert_eq!(diagnosis.expects, expected, "{answers:?}");
     }
 }
 
@@ -257,7 +281,7 @@ fn checks_are_compared_too() {
     let off = Configured { version: None, ..check("proxy_protocol = \"v1\"") };
     let none = diagnosis([OK, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST, BAD_REQUEST]);
     assert_eq!(first(&off, &none), Some(("proxy_protocol", Some("off"))));
-    let v1 = Configured { version: Some(Version::V1), ..check("") };
+    let v1 = Configured { version: Some(HeaderFormat::V1), ..check("") };
     assert_eq!(first(&v1, &v2_only), Some(("proxy_protocol", Some("v2"))));
 }
 

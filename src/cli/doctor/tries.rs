@@ -23,10 +23,15 @@ pub enum Try {
     Tlvs,
     /// `PROXY UNKNOWN`, as GCP's health checks send.
     Unknown,
+    /// Simple Proxy Protocol; UDP only.
+    Spp,
 }
 
 impl Try {
-    /// In the order in which they are made: the first three decide.
+    /// Over UDP, which has no v1.
+    pub const UDP: [Try; 5] = [Try::Bare, Try::V2, Try::Local, Try::Tlvs, Try::Spp];
+
+    /// Over TCP, in the order in which they are made: the first three decide.
     pub const ALL: [Try; 6] = [Try::Bare, Try::V2, Try::V1, Try::Local, Try::Tlvs, Try::Unknown];
 
     /// How many of them decide whether a header is expected; where all of these are met with silence, so are the rest.
@@ -41,6 +46,7 @@ impl Try {
             Try::Local => "v2 LOCAL",
             Try::Tlvs => "v2 with TLVs",
             Try::Unknown => "v1 UNKNOWN",
+            Try::Spp => "spp",
         }
     }
 
@@ -53,26 +59,38 @@ impl Try {
             Try::Local => "v2_local",
             Try::Tlvs => "v2_tlvs",
             Try::Unknown => "v1_unknown",
+            Try::Spp => "spp",
         }
     }
 
-    /// The header's bytes. `ends` are this side's address and the upstream's; the addresses are the connection's own: nothing is forged, and whoever decides by address
-    /// decides about this machine.
-    pub fn header(self, tlvs: &Tlvs, ends: (SocketAddr, SocketAddr)) -> Result<Vec<u8>, EncodeError> {
+    /// The one with this header.
+    pub fn of(format: HeaderFormat) -> Try {
+        match format {
+            HeaderFormat::V1 => Try::V1,
+            HeaderFormat::V2 => Try::V2,
+            HeaderFormat::Spp => Try::Spp,
+        }
+    }
+
+    /// The header's bytes. `ends` are this side's address and the upstream's, the connection's own: nothing is forged, and
+    /// whoever decides by address decides about this machine.
+    pub fn header(
+        self,
+        tlvs: &Tlvs,
+        ends: (SocketAddr, SocketAddr),
+        transport: Transport,
+    ) -> Result<Vec<u8>, EncodeError> {
         let mut bytes = Vec::new();
         let none = Tlvs::default();
-        let plan = |version, tlvs| HeaderPlan::new(Some(version), tlvs);
+        let mut encode = |format, tlvs| {
+            HeaderPlan::new(Some(format), tlvs)?.encode(Some(ends), transport, CONNECTION_ID, &mut bytes)
+        };
         match self {
             Try::Bare => {}
-            Try::V2 => {
-                plan(HeaderFormat::V2, &none)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
-            }
-            Try::V1 => {
-                plan(HeaderFormat::V1, &none)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
-            }
-            Try::Tlvs => {
-                plan(HeaderFormat::V2, tlvs)?.encode(Some(ends), Transport::Stream, CONNECTION_ID, &mut bytes)?
-            }
+            Try::V2 => encode(HeaderFormat::V2, &none)?,
+            Try::V1 => encode(HeaderFormat::V1, &none)?,
+            Try::Tlvs => encode(HeaderFormat::V2, tlvs)?,
+            Try::Spp => encode(HeaderFormat::Spp, &none)?,
             Try::Local => Header::local(vec![]).encode(&mut bytes)?,
             Try::Unknown => Header::proxy(Version::V1, Addresses::Unknown, vec![]).encode(&mut bytes)?,
         }
@@ -105,6 +123,11 @@ pub enum Question {
     },
     /// A TLS ClientHello.
     Tls,
+    /// The addresses of a name, or, of the root, its name servers.
+    Dns {
+        /// With or without the dot at its end.
+        name: String,
+    },
     /// Bytes, and a part of the answer; both may be empty.
     Given {
         /// Empty: the server speaks first.
@@ -114,15 +137,35 @@ pub enum Question {
     },
 }
 
+/// Of a question about names (RFC 1035, section 4.1.1): any will do, for its answer comes to this socket alone.
+pub const DNS_ID: [u8; 2] = [0x12, 0x34];
+/// Where names are asked for.
+const DNS_PORT: u16 = 53;
+
 /// Ports on which TLS begins at once.
 const TLS_PORTS: [u16; 9] = [443, 465, 636, 853, 990, 993, 995, 6443, 8443];
 
 impl Question {
     /// For a port of which nothing is known; `None`: a UNIX socket.
     pub fn usual(port: Option<u16>) -> Question {
-        match port.is_some_and(|port| TLS_PORTS.contains(&port)) {
-            true => Question::Tls,
-            false => Question::Http { path: "/".to_owned(), host: None },
+        match port {
+            Some(DNS_PORT) => Question::Dns { name: ".".to_owned() },
+            Some(port) if TLS_PORTS.contains(&port) => Question::Tls,
+            _ => Question::Http { path: "/".to_owned(), host: None },
+        }
+    }
+
+    /// The same for UDP, where a port of which nothing is known can be asked nothing.
+    pub fn usual_of_datagrams(port: Option<u16>) -> Option<Question> {
+        (port == Some(DNS_PORT)).then(|| Question::usual(port))
+    }
+
+    /// In a datagram.
+    pub fn datagram(&self) -> Vec<u8> {
+        match self {
+            Question::Dns { name } => dns_query(name),
+            Question::Given { send, .. } => send.clone(),
+            Question::Http { .. } | Question::Tls => Vec::new(),
         }
     }
 
@@ -140,6 +183,11 @@ impl Question {
                 .into()
             }
             Question::Tls => client_hello(),
+            Question::Dns { name } => {
+                let query = dns_query(name);
+                let length = u16::try_from(query.len()).expect("a name is short");
+                [&length.to_be_bytes()[..], &query].concat()
+            }
             Question::Given { send, .. } => send.clone(),
         }
     }
@@ -149,6 +197,10 @@ impl Question {
         match self {
             Question::Http { .. } => answer.windows(4).any(|window| window == b"\r\n\r\n"),
             Question::Tls => answer.len() >= 7,
+            Question::Dns { .. } => match answer {
+                [high, low, rest @ ..] => rest.len() >= usize::from(u16::from_be_bytes([*high, *low])),
+                _ => false,
+            },
             Question::Given { expect, .. } => !expect.is_empty() && contains(answer, expect),
         }
     }
@@ -159,10 +211,27 @@ impl Question {
             Question::Http { path, host: None } => format!("HTTP, GET {path}"),
             Question::Http { path, host: Some(host) } => format!("HTTP, GET {path} of {host}"),
             Question::Tls => "a TLS handshake".to_owned(),
+            Question::Dns { name } => format!("DNS, {name}"),
             Question::Given { send, .. } if send.is_empty() => "nothing, for the server to speak first".to_owned(),
             Question::Given { send, .. } => format!("\"{}\"", send.escape_ascii()),
         }
     }
+}
+
+/// A question of class IN that wants recursion (RFC 1035, section 4.1).
+fn dns_query(name: &str) -> Vec<u8> {
+    const LABEL_BYTES_MAX: usize = 63;
+    let mut query = [&DNS_ID[..], &[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat();
+    let labels: Vec<&str> = name.split('.').filter(|label| !label.is_empty()).collect();
+    for label in &labels {
+        let label = &label.as_bytes()[..label.len().min(LABEL_BYTES_MAX)];
+        query.push(label.len() as u8);
+        query.extend(label);
+    }
+    // NS of the root, A of everything else.
+    let kind = if labels.is_empty() { 2 } else { 1 };
+    query.extend([0, 0, kind, 0, 1]);
+    query
 }
 
 /// Does the one hold the other?
@@ -224,7 +293,7 @@ mod tests {
         for (local, peer) in [("192.0.2.1:40000", "192.0.2.2:80"), ("[2001:db8::1]:40000", "[2001:db8::2]:80")] {
             let (local, peer) = (local.parse().unwrap(), peer.parse().unwrap());
             for attempt in Try::ALL {
-                let bytes = attempt.header(&usual_tlvs(), (local, peer)).unwrap();
+                let bytes = attempt.header(&usual_tlvs(), (local, peer), Transport::Stream).unwrap();
                 assert!(bytes.len() <= HEADER_BYTES_SAFE, "{attempt:?}: {} bytes", bytes.len());
                 if attempt == Try::Bare {
                     assert!(bytes.is_empty());
