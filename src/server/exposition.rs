@@ -55,6 +55,7 @@ impl State {
         self.upstream_families(&mut families, &upstreams);
         self.time_families(&mut families, &upstreams);
         self.check_families(&mut families, &upstreams);
+        self.name_families(&mut families);
         families.into_text()
     }
 

@@ -4,6 +4,7 @@ pub mod watch;
 mod exposition;
 mod history;
 mod look;
+mod names;
 mod reload;
 mod state;
 mod status;
@@ -27,6 +28,7 @@ use crate::config::error::Style;
 use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
+use crate::discovery::Discovery;
 use crate::drain::{OpenConnections, Stop, StopSource};
 use crate::log;
 use crate::net;
@@ -35,6 +37,7 @@ use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use history::History;
+use names::Names;
 use state::{LogLevel, State};
 use watch::{ContentHash, Watch};
 
@@ -67,13 +70,22 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let descriptors = limits::raise_descriptor_limit();
     let mut signals = Signals::new()?;
-    let (handle, commands) = control::channel();
+    let (handle, mut commands) = control::channel();
     let listener = admin::bind(&config.admin.bind)?;
     let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
     let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
     let mut state = start_state(&path, &config, log, handle, descriptors)?;
     (state.text, state.warnings) = (text, warnings);
     let admin_bind = listener.address()?;
+    let mut config = config;
+    tokio::select! {
+        () = state.wait_for_first_answers(&config, &mut commands) => {}
+        name = stop_signal(&mut signals.terminate, &mut signals.interrupt) => {
+            tracing::info!(event = "stop", signal = name, "stopped before anything was served");
+            return Ok(());
+        }
+    }
+    state.resolve(&mut config);
     state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     state.probes.set_configured();
     state.probes.set_listening();
@@ -145,6 +157,7 @@ fn start_state(
         suspicions: BTreeMap::new(),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
+        names: Names::new(Discovery::new(handle.clone())),
         spare: Vec::new(),
         unresponsive: 0,
         access: Arc::default(),
@@ -237,7 +250,7 @@ async fn run_until_stopped(
             }
             change = watch.changed(), if !state.stopping => file_changed(state, change, &mut watch).await,
             _ = hangup.recv() => {
-                reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
+                reload_from_file(state, ReloadTrigger::Signal, &mut watch, None).await;
             }
             name = stop_signal(terminate, interrupt) => {
                 if state.stopping {
@@ -297,10 +310,8 @@ async fn close_listeners(state: &State) {
 async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     // A reply that nobody waits for any more is no error.
     match command {
-        Command::Reload(trigger, reply) => {
-            let report = reload_from_file(state, trigger, watch).await;
-            let _ = reply.send(report);
-        }
+        Command::Reload(trigger, reply) => reload_from_file(state, trigger, watch, Some(reply)).await,
+        Command::LookedUp(lookup) => state.looked_up(lookup).await,
         Command::SetAdmin(order, reply) => {
             let result = state.set_admin(order).await;
             let _ = reply.send(result);
@@ -333,19 +344,21 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     }
 }
 
-async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
+async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch, reply: Option<Reply>) {
     if state.stopping {
-        return state
-            .reload(trigger, Err("error: the process is stopping: nothing is reloaded any more".to_owned()))
-            .await;
+        let error = "error: the process is stopping: nothing is reloaded any more".to_owned();
+        return state.reload_when_resolved(trigger, Err(error), reply).await;
     }
     let content = watch::read(&state.path);
     if let Ok(content) = &content {
         watch.delivered(ContentHash::of(content));
     }
     let content = content.map_err(|error| format!("error: {}: {error}", state.path.display()));
-    state.reload(trigger, content).await
+    state.reload_when_resolved(trigger, content, reply).await;
 }
+
+/// Whoever waits for the report of a reload.
+type Reply = oneshot::Sender<Arc<control::ReloadReport>>;
 
 async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watch) {
     let content = match change.content {
@@ -355,5 +368,5 @@ async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watc
         Err(_) if !change.last_try && watch.retry() => return,
         Err(error) => Err(format!("error: {}: {error}", state.path.display())),
     };
-    state.reload(ReloadTrigger::File, content).await;
+    state.reload_when_resolved(ReloadTrigger::File, content, None).await;
 }

@@ -1,7 +1,7 @@
 //! PURE. Every upstream of a configuration, what was found there, and which line of the file to change.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use toml::de::DeTable;
 
@@ -117,13 +117,17 @@ pub fn targets(config: &Config) -> Vec<Target> {
     let mut found = Vec::new();
     for pool in config.pools.values() {
         let listeners: Vec<_> = config.listeners.values().filter(|listener| listener.pool == pool.name).collect();
-        for (index, upstream) in pool.upstreams.iter().enumerate() {
+        let mut written = 0;
+        for upstream in &pool.upstreams {
+            // The addresses of a name stand behind it, and the file has one place for all of them.
+            written += usize::from(upstream.name.is_none());
+            let index = written - 1;
             let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
             let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
             let of_listeners = listeners.iter().flat_map(|listener| &listener.binds).filter_map(Bind::port);
             let addresses: BTreeSet<Address> = match upstream.address.takes_port() {
-                true => of_listeners.map(|port| upstream.address.at(Some(port))).collect(),
-                false => [upstream.address.at(None)].into(),
+                true => of_listeners.filter_map(|port| upstream.address.at(Some(port))).collect(),
+                false => upstream.address.at(None).into_iter().collect(),
             };
             let check_port = pool.health_check.as_ref().and_then(|check| check.port);
             let new = |address: Address, role, check: Option<&HealthCheck>| {
@@ -144,7 +148,7 @@ pub fn targets(config: &Config) -> Vec<Target> {
             }
             let is_traffic = |port| addresses.iter().any(|address| address.port() == Some(port));
             if let (Some(ip), Some(port)) = (upstream.address.ip(), check_port.filter(|port| !is_traffic(*port))) {
-                let address = UpstreamAddress::Ip(ip, Some(port)).at(None);
+                let address = SocketAddr::new(ip, port).into();
                 found.push(new(address, Role::Check, pool.health_check.as_ref()));
             }
         }

@@ -21,12 +21,15 @@ use self::exchange::{Subject, exchange};
 use self::judge::{Diagnosis, Expectation, Outcome, better_question, talk};
 use self::tries::{Question, Try, usual_tlvs};
 use crate::address::Address;
-use crate::config::{self, Style};
+use crate::config::{self, Config, Style, names};
+use crate::discovery::{self, surroundings};
 
 /// Upstreams that are examined at a time; one address at a time gets one connection.
 const ADDRESSES_AT_ONCE: usize = 16;
 /// Of a name with many, this many are tried until one can be reached.
 const ADDRESSES_OF_A_NAME_MAX: usize = 4;
+/// Names in a configuration are looked up within this time, or are said to be unknown.
+const LOOKUPS_TIME_MAX: Duration = Duration::from_secs(10);
 /// Beyond the tries themselves: the deciding ones once more, with a better question.
 const CONNECTIONS_MAX: usize = Try::ALL.len() + Try::DECIDING;
 
@@ -174,7 +177,7 @@ async fn examine(subject: &Subject, mut question: Question, mut guessed: bool) -
 }
 
 async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
-    let parsed = match config::load(file) {
+    let parsed = match config::load(file, &surroundings::here()) {
         Ok(parsed) => parsed,
         Err(error) => {
             let style = if std::io::stderr().is_terminal() { Style::Terminal } else { Style::Plain };
@@ -186,7 +189,9 @@ async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
         }
     };
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let findings = examine_all(targets(&parsed.config), args.timeout).await;
+    let mut config = parsed.config;
+    let unknown = look_up(&mut config).await;
+    let findings = examine_all(targets(&config), args.timeout).await;
     let findings = compare::with_changes(findings, &file.display().to_string(), &text);
     let output = match args.json {
         true => format!("{:#}\n", report::findings_json(&findings)),
@@ -194,17 +199,33 @@ async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
     };
     super::print(&output)?;
     let mismatches = findings.iter().filter(|finding| !finding.changes.is_empty()).count();
-    let unjudged = findings.iter().filter(|finding| finding.is_unjudged()).count();
+    let unjudged = findings.iter().filter(|finding| finding.is_unjudged()).count() + unknown;
+    let all = findings.len() + unknown;
     match (mismatches, unjudged) {
         (0, 0) => Ok(()),
-        (mismatches, 0) => bail!("{mismatches} of {} do not match {}", findings.len(), file.display()),
-        (0, unjudged) => bail!("{unjudged} of {} could not be judged", findings.len()),
-        (mismatches, unjudged) => bail!(
-            "{mismatches} of {} do not match {}, and {unjudged} could not be judged",
-            findings.len(),
-            file.display()
-        ),
+        (mismatches, 0) => bail!("{mismatches} of {all} do not match {}", file.display()),
+        (0, unjudged) => bail!("{unjudged} of {all} could not be judged"),
+        (mismatches, unjudged) => {
+            bail!("{mismatches} of {all} do not match {}, and {unjudged} could not be judged", file.display())
+        }
     }
+}
+
+/// Puts the addresses of names into the configuration; how many names have none, which is said.
+async fn look_up(config: &mut Config) -> usize {
+    let (mut answers, mut unknown) = (BTreeMap::new(), 0);
+    for (name, result) in discovery::look_up_once(names::names(config), LOOKUPS_TIME_MAX).await {
+        match result {
+            Ok(answered) => drop(answers.insert(name, answered.found)),
+            Err(error) => {
+                unknown += 1;
+                // Nobody may be reading; the exit status still tells.
+                let _ = writeln!(std::io::stderr(), "name {name} has no address: {}", error.message);
+            }
+        }
+    }
+    names::resolve(config, &answers);
+    unknown
 }
 
 /// Different addresses at the same time, those of one address one after the other, in the order of the targets.
