@@ -69,14 +69,18 @@ pub(super) fn upstream(text: &Text<'_>) -> Result<UpstreamAddress, Box<Diagnosti
     if value.starts_with("unix:") {
         return Err(Box::new(not_supported(&text.span, &format!("address {value:?}"))));
     }
-    if let Some(address) = name(text) {
-        return address;
-    }
     let bare = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(value);
     let (ip, port) = match bare.parse::<IpAddr>() {
         Ok(ip) => (unmapped(text, ip)?, None),
         Err(_) => {
-            let address = socket_address(text, "address", "such as \"10.0.0.30:80\" or \"[2001:db8::30]:80\"")?;
+            if let Some(address) = name(text) {
+                return address;
+            }
+            let address = socket_address(
+                text,
+                "address",
+                "such as \"10.0.0.30:80\" or \"[2001:db8::30]:80\", or a name and a port",
+            )?;
             (address.ip(), Some(address.port()))
         }
     };
@@ -199,7 +203,8 @@ fn name(text: &Text<'_>) -> Option<Result<UpstreamAddress, Box<Diagnostic>>> {
         None => (text.value, Records::Addresses),
     };
     let (host, after) = host.split_once(':').map_or((host, None), |(host, after)| (host, Some(after)));
-    if records == Records::Addresses && !is_name(host) {
+    let is_elsewhat = !is_name(host) || after.is_some_and(|after| after.contains([':', '/']));
+    if records == Records::Addresses && is_elsewhat {
         return None;
     }
     let error = |message: String| Diagnostic::error(&text.span, message);

@@ -93,3 +93,49 @@ fn cluster_ip(text: &Text<'_>, ip: IpAddr, around: &Surroundings) -> Option<Diag
     let message = format!("upstream {:?} looks like a ClusterIP, the address of a whole Service", text.value);
     Some(Diagnostic::warning(&text.span, message).label(said).help(format!("if it is one, {CLUSTER_IP}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    fn said(upstreams: &str, around: &Surroundings) -> String {
+        let text = format!("[listeners.a]\nbind = \":8080\"\npool = \"p\"\n[pools.p]\nupstreams = [{upstreams}]\n");
+        let parsed = config::parse_in("test.toml", &text, around).unwrap_or_else(|errors| panic!("{errors:?}"));
+        parsed.warnings.to_string()
+    }
+
+    fn in_a_pod() -> Surroundings {
+        let search = ["web.svc.cluster.local", "svc.cluster.local", "cluster.local"].map(str::to_owned).to_vec();
+        Surroundings { search, ndots: 5, service: Some([10, 96, 0, 1].into()), elsewhere: false }
+    }
+
+    fn on_a_host(elsewhere: bool) -> Surroundings {
+        Surroundings { search: vec!["example.com".to_owned()], ndots: 1, service: None, elsewhere }
+    }
+
+    #[test]
+    fn a_name_that_is_looked_for_elsewhere_first_is_said() {
+        insta::assert_snapshot!(said("\"web.prod:80\", \"srv:_http._tcp.web.prod.svc\"", &in_a_pod()));
+        assert_eq!(said("\"web.prod.:80\", \"a.b.c.d.e.f:80\", \"srv:_http._tcp.web.prod.svc.\"", &in_a_pod()), "");
+        assert_eq!(said("\"web\", \"web.prod:80\"", &on_a_host(false)), "");
+        let for_a_pod = said("\"web.prod.svc.cluster.local:80\"", &on_a_host(true));
+        assert!(for_a_pod.contains("write \"web.prod.svc.cluster.local.\" (before the port)"), "{for_a_pod}");
+    }
+
+    #[test]
+    fn what_looks_like_a_service_is_said_as_a_hint() {
+        insta::assert_snapshot!(said("\"10.100.7.7:80\"", &in_a_pod()));
+        assert_eq!(said("\"10.43.0.7:80\", \"10.244.0.7:80\", \"[2001:db8::1]:80\"", &in_a_pod()), "");
+        let eks = Surroundings { service: Some([172, 20, 0, 1].into()), ..in_a_pod() };
+        assert!(said("\"172.20.9.9:80\"", &eks).contains("172.20.0.0/16"));
+        assert_eq!(said("\"172.21.9.9:80\", \"10.96.0.9:80\"", &eks), "");
+        let v6 = Surroundings { service: Some("fd00:10:96::1".parse().unwrap()), ..in_a_pod() };
+        assert!(said("\"[fd00:10:96::1f]:80\"", &v6).contains("fd00:10:96::/112"));
+        // A balancer outside a cluster runs beside networks that only look so; a file that is checked may be for a pod.
+        assert_eq!(said("\"10.96.0.10:80\"", &on_a_host(false)), "");
+        assert!(said("\"10.96.0.10:80\"", &on_a_host(true)).contains("looks like a ClusterIP"));
+        assert!(said("\"10.43.0.10:80\"", &on_a_host(true)).contains("k3s"));
+        assert_eq!(said("\"172.20.0.10:80\"", &on_a_host(true)), "");
+    }
+}

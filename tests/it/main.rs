@@ -21,6 +21,7 @@ mod load;
 mod look;
 mod measured;
 mod monitoring;
+mod names;
 mod netns;
 mod page;
 mod pools;

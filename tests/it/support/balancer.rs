@@ -44,6 +44,12 @@ pub fn preface_as(user: &User, config: &str) -> Balancer {
     Balancer::start(|directory| user.command(Path::new(env!("CARGO_BIN_EXE_preface")), directory), config)
 }
 
+/// `preface` started by a command of the caller's, which gets its arguments at the end.
+#[track_caller]
+pub fn preface_by(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
+    Balancer::start(command, config)
+}
+
 impl Balancer {
     #[track_caller]
     fn start(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
