@@ -130,7 +130,7 @@ fn records(message: &Message<&[u8]>, kind: Kind) -> Option<Reply> {
     let owner = message.canonical_name()?;
     let answer = message.answer().ok()?;
     let mut ttl = u32::MAX;
-    for alias in answer.clone().limit_to_in::<Cname<_>>() {
+    for alias in answer.limit_to_in::<Cname<_>>() {
         ttl = ttl.min(alias.ok()?.ttl().as_secs());
     }
     let mut records = Vec::new();

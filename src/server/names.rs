@@ -20,7 +20,6 @@ use crate::config::{Config, Pool, UpstreamAddress};
 use crate::control::lookups::{Answered, Lookup, LookupError, Outcome};
 use crate::control::{Command, ReloadReport, ReloadTrigger};
 use crate::discovery::{Discovery, surroundings};
-use crate::metrics::Families;
 use crate::snapshot;
 
 /// A start, and a reload that brings names, waits this long at most for their first answers.
@@ -48,6 +47,16 @@ struct Record {
     counts: [u64; Outcome::ALL.len()],
 }
 
+/// What is counted of a name.
+pub struct Counts {
+    /// Look-ups by `Outcome`.
+    pub lookups: [u64; Outcome::ALL.len()],
+    /// In the last good answer.
+    pub addresses: usize,
+    /// Of the last good answer.
+    pub age: Option<Duration>,
+}
+
 /// A reload that waits for the first answers of its names.
 struct Pending {
     trigger: ReloadTrigger,
@@ -73,6 +82,19 @@ impl Names {
     fn answers(&self) -> BTreeMap<Name, Answer> {
         let answered = self.records.iter().filter_map(|(name, record)| Some((name, record.answer.as_ref()?)));
         answered.map(|(name, (answered, _))| (name.clone(), answered.found.clone())).collect()
+    }
+
+    /// What is counted of each name.
+    pub fn counts(&self) -> impl Iterator<Item = (String, Counts)> {
+        self.records.iter().map(|(name, record)| {
+            let answer = record.answer.as_ref();
+            let counts = Counts {
+                lookups: record.counts,
+                addresses: answer.map_or(0, |(answered, _)| answered.found.len()),
+                age: answer.map(|(_, at)| SystemTime::now().duration_since(*at).unwrap_or_default()),
+            };
+            (name.to_string(), counts)
+        })
     }
 
     /// When a reload that waits has waited long enough.
@@ -291,32 +313,6 @@ impl State {
             })
         });
         values.collect()
-    }
-
-    /// The metrics of look-ups.
-    pub fn name_families(&self, families: &mut Families) {
-        let records = || self.names.records.iter().map(|(name, record)| (name.to_string(), record));
-        let mut lookups = families.counter("preface_dns_lookups_total", "Look-ups of upstreams' names, by outcome.");
-        for (name, record) in records() {
-            for (outcome, count) in Outcome::ALL.iter().zip(record.counts) {
-                lookups.sample(&[("name", &name), ("outcome", outcome.as_str())], count);
-            }
-        }
-        let mut addresses =
-            families.gauge("preface_dns_addresses", "Addresses in the last good answer for a name; 0: there was none.");
-        for (name, record) in records() {
-            let count = record.answer.as_ref().map_or(0, |(answered, _)| answered.found.len());
-            addresses.sample(&[("name", &name)], count as u64);
-        }
-        let mut ages = families.gauge(
-            "preface_dns_answer_age_seconds",
-            "Since the last good answer for a name; beyond its TTL and 5 minutes, look-ups fail.",
-        );
-        for (name, record) in records() {
-            let Some((_, at)) = &record.answer else { continue };
-            let age = SystemTime::now().duration_since(*at).unwrap_or_default();
-            ages.sample(&[("name", &name)], age.as_secs_f64());
-        }
     }
 }
 

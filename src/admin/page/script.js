@@ -310,7 +310,13 @@
     if (status.state === "stopping") tell("warn", "Stopping", "this process ends when its open connections have, or at stop_timeout");
     for (const pool of model.pools) {
       const { upstreams } = pool;
-      if (!upstreams.length) continue;
+      for (const name of list(pool.value.names)) {
+        if (!name.error) continue;
+        const kept = list(name.addresses).length;
+        const then = kept ? "; its last " + kept + " stay" : "; it has no addresses";
+        tell(kept ? "warn" : "bad", pool.name + " " + words(name.name), "look-ups fail " + since(name.failing_since, now) + ": " + words(name.error) + then);
+      }
+      if (!upstreams.length && !list(pool.value.names).length) continue;
       const sick = upstreams.filter((upstream) => upstream.value.health === "unhealthy" && upstream.value.admin !== "disabled");
       const out = upstreams.filter((upstream) => upstream.value.admin && upstream.value.admin !== "enabled");
       if (pool.value.usable === false) tell("bad", "Pool " + pool.name, "takes no connections: no upstream is usable");
@@ -422,6 +428,7 @@
       const rows = pool.upstreams.length > UPSTREAMS_MAX ? pool.upstreams.slice().sort((one, other) => one.rank - other.rank) : pool.upstreams;
       let about = pool.usable + " of " + pool.upstreams.length + " healthy and enabled";
       if (pool.value.balance) about += ", " + words(pool.value.balance);
+      for (const name of list(pool.value.names).slice(0, 5)) about += ", " + words(name.name) + " is " + list(name.addresses).length;
       about += latencies(pool.value);
       say(node.about_, about);
       say(node.more_, rows.length > UPSTREAMS_MAX ? (rows.length - UPSTREAMS_MAX) + " more, in no worse state: see /status" : "");

@@ -71,6 +71,10 @@ pub struct Pool {
     pub numbers: Numbers,
     /// In the status's order.
     pub upstreams: Vec<Upstream>,
+    /// Names whose look-ups fail, and why.
+    pub unknown_names: Vec<(String, String)>,
+    /// Has it names at all? Then it may be without upstreams.
+    pub has_names: bool,
 }
 
 /// The numbers of a row.
@@ -163,6 +167,8 @@ impl Model {
 
 fn pool(name: &str, value: &Value) -> Pool {
     let upstreams: Vec<Upstream> = value["upstreams"].as_array().into_iter().flatten().map(upstream).collect();
+    let names = value["names"].as_array().map_or(&[][..], Vec::as_slice);
+    let failing = names.iter().filter(|name| name["error"].is_string());
     let sum = |of: fn(&Numbers) -> Option<u64>| upstreams.iter().filter_map(|upstream| of(&upstream.numbers)).sum();
     let numbers = Numbers {
         open: Some(sum(|numbers| numbers.open)),
@@ -176,6 +182,8 @@ fn pool(name: &str, value: &Value) -> Pool {
         serving: upstreams.iter().filter(|upstream| upstream.is_serving()).count(),
         numbers,
         upstreams,
+        unknown_names: failing.map(|name| (text(&name["name"]), text(&name["error"]))).collect(),
+        has_names: !names.is_empty(),
     }
 }
 
@@ -218,8 +226,11 @@ fn latency(value: &Value) -> Latency {
 fn problems(model: &Model, status: &Value) -> Vec<Problem> {
     let mut found = Vec::new();
     let mut tell = |bad: bool, text: String| found.push(Problem { bad, text });
-    for pool in model.pools.iter().filter(|pool| !pool.upstreams.is_empty()) {
+    for pool in model.pools.iter().filter(|pool| !pool.upstreams.is_empty() || pool.has_names) {
         let name = &pool.name;
+        for (unknown, error) in &pool.unknown_names {
+            tell(pool.upstreams.is_empty(), format!("pool {name}: look-ups of {unknown} fail: {error}"));
+        }
         if !pool.usable {
             tell(true, format!("pool {name} takes no connections: no upstream is usable"));
         } else if pool.serving == 0 {
