@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime};
 
 use crate::address::Address;
 use crate::config::{self, Bind, Config, HeaderFormat, LogConnections, Protocol, Tlvs};
+use crate::net::inherited::{Inherited, Kind};
 use crate::pool::balance::{Candidate, SLOW_START_STEPS};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey, UpstreamLife};
@@ -276,6 +277,8 @@ pub struct Inputs {
     pub turns: HashMap<PoolKey, Arc<AtomicUsize>>,
     /// The slot of each bound address.
     pub slots: HashMap<SocketKey, usize>,
+    /// The sockets that the process was started with.
+    pub inherited: Arc<Inherited>,
     /// Has this machine IPv6? Without it `":80"` is IPv4 alone.
     pub has_ipv6: bool,
     /// The limit in force for the whole process.
@@ -307,7 +310,7 @@ pub fn build(
     }
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
-        for key in socket_keys(listener, inputs.has_ipv6) {
+        for key in socket_keys(listener, inputs) {
             let Some(slot) = inputs.slots.get(&key).copied() else { continue };
             let pool_config = &config.pools[&listener.pool];
             let pool = &pools[&pool_key(pool_config, key.port())];
@@ -348,7 +351,7 @@ pub enum At {
     Inherited {
         /// Under which it was handed over.
         name: String,
-        /// Among those of the same name, from 0.
+        /// Among all that were handed over, from 0.
         index: usize,
     },
 }
@@ -368,20 +371,37 @@ impl SocketKey {
     }
 }
 
-/// The sockets that a listener asks for.
-pub fn socket_keys(listener: &config::Listener, has_ipv6: bool) -> Vec<SocketKey> {
-    let key = |protocol: &Protocol, bind: &Bind| {
-        let at = match bind {
-            Bind::Ip(bind) if bind.any && !has_ipv6 => {
-                At::Ip { address: SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port()), v6only: false }
+/// The sockets that a listener asks for. The name of inherited ones stands for all that have it and fit.
+pub fn socket_keys(listener: &config::Listener, inputs: &Inputs) -> Vec<SocketKey> {
+    let mut keys = Vec::new();
+    for (protocol, bind) in
+        listener.protocols.iter().flat_map(|one| listener.binds.iter().map(move |bind| (*one, bind)))
+    {
+        let mut add = |at| keys.push(SocketKey { protocol, at });
+        match bind {
+            Bind::Ip(bind) if bind.any && !inputs.has_ipv6 => {
+                let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), bind.address.port());
+                add(At::Ip { address, v6only: false });
             }
-            Bind::Ip(bind) => At::Ip { address: bind.address, v6only: bind.v6only },
-            Bind::Unix(path) => At::Unix(Arc::clone(path)),
-            Bind::Inherited(name) => At::Inherited { name: name.clone(), index: 0 },
-        };
-        SocketKey { protocol: *protocol, at }
-    };
-    listener.protocols.iter().flat_map(|protocol| listener.binds.iter().map(move |bind| key(protocol, bind))).collect()
+            Bind::Ip(bind) => add(At::Ip { address: bind.address, v6only: bind.v6only }),
+            Bind::Unix(path) => add(At::Unix(Arc::clone(path))),
+            Bind::Inherited(name) => {
+                let sockets = inputs.inherited.sockets().iter().enumerate();
+                let fitting = sockets.filter(|(_, socket)| socket.name == *name && serves(&socket.kind, protocol));
+                fitting.for_each(|(index, _)| add(At::Inherited { name: name.clone(), index }));
+            }
+        }
+    }
+    keys
+}
+
+/// Is this inherited socket one for the protocol?
+pub fn serves(kind: &Kind, protocol: Protocol) -> bool {
+    match kind {
+        Kind::Connections(_) => protocol == Protocol::Tcp,
+        Kind::Datagrams(_) => protocol == Protocol::Udp,
+        Kind::Neither(_) => false,
+    }
 }
 
 /// Which instance of a pool a listener's port uses.
@@ -516,9 +536,10 @@ mod tests {
     }
 
     fn inputs(config: &Config) -> Inputs {
-        let keys = config.listeners.values().flat_map(|listener| socket_keys(listener, true));
-        let slots = keys.enumerate().map(|(slot, key)| (key, slot)).collect();
-        Inputs { slots, has_ipv6: true, ..Inputs::default() }
+        let mut inputs = Inputs { has_ipv6: true, ..Inputs::default() };
+        let keys = config.listeners.values().flat_map(|listener| socket_keys(listener, &inputs));
+        inputs.slots = keys.enumerate().map(|(slot, key)| (key, slot)).collect();
+        inputs
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::listener::{self, Acceptor};
 use crate::log;
 use crate::net::{Listening, limits};
 use crate::pool::UpstreamLife;
-use crate::snapshot::{Listener, Snapshot};
+use crate::snapshot::{Listener, Snapshot, SocketKey};
 use crate::termination::Termination;
 
 /// Messages under way to one worker; the control thread waits when it is full.
@@ -35,8 +35,8 @@ const INBOX_MAX: usize = 1024;
 pub enum Message {
     /// Serve this socket, which listens already or takes datagrams.
     Listen {
-        /// What it is.
-        protocol: Protocol,
+        /// What it is, and whose.
+        key: SocketKey,
         /// The socket.
         socket: Socket,
         /// What it is bound to.
@@ -180,13 +180,13 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
     let mut udp = UdpSockets::default();
     while let Some(message) = messages.recv().await {
         match message {
-            Message::Listen { protocol: Protocol::Udp, socket, bound, slot, listener } => {
+            Message::Listen { key: SocketKey { protocol: Protocol::Udp, .. }, socket, bound, slot, listener } => {
                 udp.serve(&shared, socket, bound, slot, listener);
             }
-            Message::Listen { protocol: Protocol::Tcp, socket, bound, slot, listener } => {
+            Message::Listen { key: SocketKey { at, .. }, socket, bound, slot, listener } => {
                 match Listening::new(socket) {
                     Ok(listening) => {
-                        let acceptor = Rc::new(Acceptor { listening, bound, slot, retire: Notify::new() });
+                        let acceptor = Rc::new(Acceptor { listening, at, bound, slot, retire: Notify::new() });
                         let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
                         acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
                     }

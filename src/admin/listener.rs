@@ -1,18 +1,17 @@
 //! Where the admin API listens: a TCP address or a UNIX socket.
 
-use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::config::AdminBind;
+use crate::net::unix::{self, SocketFile};
 
-/// The owner and the group may speak to the UNIX socket.
-const SOCKET_MODE: u32 = 0o660;
+/// Connections waiting to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A bound admin address. A UNIX socket's file goes away with it.
 #[derive(Debug)]
@@ -36,13 +35,6 @@ pub enum Reach {
     Loopback,
     /// The network.
     Network,
-}
-
-/// A file that is removed in the end, if it is still the one that was made.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device_and_inode: (u64, u64),
 }
 
 /// Bind the address, inside a tokio runtime. A UNIX socket's stale file is replaced, one that answers is not.
@@ -75,33 +67,10 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
 }
 
 fn bind_unix(path: &Path) -> io::Result<Listener> {
-    let socket = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            remove_stale(path)?;
-            UnixListener::bind(path)?
-        }
-        other => other?,
-    };
-    let metadata = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) };
-    fs::set_permissions(path, fs::Permissions::from_mode(SOCKET_MODE))?;
+    let (socket, file) = unix::bind(path)?;
+    socket.listen(BACKLOG)?;
+    let socket = UnixListener::from_std(socket.into())?;
     Ok(Listener { socket: Socket::Unix(socket, file), reach: Reach::Unix })
-}
-
-/// Remove the file of a process that is gone. Only a refused connection proves that; never remove what isn't a socket.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let in_use = |what| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        return in_use("the file exists and is not a socket");
-    }
-    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-    // A live listener with a full backlog would block us; like this it says EAGAIN.
-    socket.set_nonblocking(true)?;
-    match socket.connect(&socket2::SockAddr::unix(path)?) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
-        _ => in_use("another process listens there"),
-    }
 }
 
 impl Listener {
@@ -109,7 +78,7 @@ impl Listener {
     pub fn address(&self) -> io::Result<AdminBind> {
         match &self.socket {
             Socket::Tcp(socket) => socket.local_addr().map(AdminBind::Tcp),
-            Socket::Unix(_, file) => Ok(AdminBind::Unix(file.path.clone())),
+            Socket::Unix(_, file) => Ok(AdminBind::Unix(file.path().to_owned())),
         }
     }
 
@@ -125,16 +94,6 @@ impl Listener {
     }
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // The next process may have put its own socket there already.
-        let is_ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode;
-        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
 /// A connection of either kind.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
@@ -143,6 +102,8 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     #[tokio::test]
     async fn a_stale_socket_is_replaced_and_the_file_goes_away_with_the_listener() {

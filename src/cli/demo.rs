@@ -449,8 +449,8 @@ mod tests {
         let header = Header::proxy(version, Addresses::inet(client, listener, transport), tlvs);
         let mut raw = Vec::new();
         header.encode(&mut raw).expect("a short header");
-        let peer = "127.0.0.1:50132".parse().expect("an address");
-        Seen { transport, peer, local: ports().receivers[0], first: First::Header { header, raw } }
+        let peer: SocketAddr = "127.0.0.1:50132".parse().expect("an address");
+        Seen { transport, peer: peer.into(), local: ports().receivers[0].into(), first: First::Header { header, raw } }
     }
 
     #[test]

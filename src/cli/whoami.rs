@@ -1,16 +1,18 @@
 //! `preface whoami`: a receiver for tests and demos that answers each connection and datagram with its decoded header.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, UdpSocket, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
+use crate::address::{Address, Client};
+use crate::net::unix;
 use crate::proxy_protocol::explain::{explain, explain_error, explain_spp, facts, hex, spp_facts, summary, table};
 use crate::proxy_protocol::spp::{self, Spp};
 use crate::proxy_protocol::{DecodeError, Decoded, HEADER_BYTES_MAX, Header, Transport, decode};
@@ -40,9 +42,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 For tests and demos. It believes the header of everyone who connects: a real receiver must take
 headers from its load balancers only.")]
 pub struct Args {
-    /// Address and port, TCP and UDP
+    /// Address and port, TCP and UDP; or unix:/path
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080")]
-    pub listen: SocketAddr,
+    pub listen: Address,
 }
 
 /// What came on one connection, or in one datagram.
@@ -51,9 +53,9 @@ pub struct Seen {
     /// TCP or UDP.
     pub transport: Transport,
     /// Who connected to us: the balancer.
-    pub peer: SocketAddr,
+    pub peer: Client,
     /// The address it connected to.
-    pub local: SocketAddr,
+    pub local: Address,
     /// What it said first.
     pub first: First,
 }
@@ -113,8 +115,8 @@ impl Seen {
 
     /// The connection's own addresses.
     fn own(&self) -> Vec<(String, String)> {
-        let fact = |name: &str, address: SocketAddr| (name.to_owned(), address.to_string());
-        vec![fact("connected from", self.peer), fact("to", self.local)]
+        let fact = |name: &str, address: String| (name.to_owned(), address);
+        vec![fact("connected from", self.peer.to_string()), fact("to", self.local.to_string())]
     }
 
     fn nothing(&self, bytes: &[u8]) -> String {
@@ -163,7 +165,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
     runtime.block_on(async {
         let cannot = || format!("cannot listen on {}", args.listen);
-        let listener = TcpListener::bind(args.listen).await.with_context(cannot)?;
+        let address = match &args.listen {
+            Address::Ip(address) => *address,
+            Address::Unix(path) => {
+                let (socket, _file) = unix::bind(path).with_context(cannot)?;
+                socket.listen(CONNECTIONS_MAX as i32).with_context(cannot)?;
+                let listener = UnixListener::from_std(socket.into()).with_context(cannot)?;
+                say(&format!(
+                    "answering on {0}; try: curl --unix-socket {1} http://localhost/",
+                    args.listen,
+                    path.display()
+                ));
+                tokio::select! {
+                    never = serve_unix(listener, args.listen.clone(), print) => match never {},
+                    stopped = stopped() => return stopped,
+                }
+            }
+        };
+        let listener = TcpListener::bind(address).await.with_context(cannot)?;
         let listen = listener.local_addr().with_context(cannot)?;
         let socket = UdpSocket::bind(listen).await.with_context(cannot)?;
         say(&format!(
@@ -174,9 +193,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         tokio::select! {
             never = serve(listener, print) => match never {},
             never = serve_udp(socket, print) => match never {},
-            stopped = tokio::signal::ctrl_c() => stopped.context("cannot wait for Ctrl-C"),
+            stopped = stopped() => stopped,
         }
     })
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+async fn stopped() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    tokio::select! {
+        stopped = tokio::signal::ctrl_c() => stopped.context("cannot wait for Ctrl-C"),
+        _ = terminate.recv() => Ok(()),
+    }
 }
 
 fn print(seen: Seen) {
@@ -209,7 +237,9 @@ pub async fn serve(
                 let on_header = on_header.clone();
                 tokio::spawn(async move {
                     // Whatever ends one connection, most often its other end, is no concern of the others.
-                    let _ = answer(stream, peer, &*on_header).await;
+                    if let Ok(local) = stream.local_addr() {
+                        let _ = answer(stream, (peer.into(), local.into()), &*on_header).await;
+                    }
                     drop(permit);
                 });
             }
@@ -217,6 +247,33 @@ pub async fn serve(
         }
     }
 }
+
+/// The same over a UNIX socket.
+async fn serve_unix(
+    listener: UnixListener,
+    local: Address,
+    on_header: impl Fn(Seen) + Send + Sync + 'static,
+) -> std::convert::Infallible {
+    let (on_header, limit) = (Arc::new(on_header), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
+    loop {
+        let permit = limit.clone().acquire_owned().await.expect("the semaphore is never closed");
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (on_header, local) = (on_header.clone(), local.clone());
+                tokio::spawn(async move {
+                    let _ = answer(stream, (Client::Unix, local), &*on_header).await;
+                    drop(permit);
+                });
+            }
+            Err(_) => sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+/// A connection of either kind.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
 
 /// Answers datagrams for ever.
 pub async fn serve_udp(socket: UdpSocket, on_header: impl Fn(Seen)) -> std::convert::Infallible {
@@ -236,7 +293,7 @@ pub async fn serve_udp(socket: UdpSocket, on_header: impl Fn(Seen)) -> std::conv
         if matches!(&first, First::Nothing(bytes) if bytes.starts_with(NO_HEADER.as_bytes())) {
             continue;
         }
-        let seen = Seen { transport: Transport::Dgram, peer, local, first };
+        let seen = Seen { transport: Transport::Dgram, peer: peer.into(), local: local.into(), first };
         let said = match &seen.first {
             First::Header { header, .. } => summary(header),
             First::Spp { spp, .. } => table(&spp_facts(spp)),
@@ -271,8 +328,11 @@ fn first_of_datagram(datagram: &[u8]) -> (First, &[u8]) {
 }
 
 /// One connection: its header, then HTTP, or an answer and an echo.
-async fn answer(mut stream: TcpStream, peer: SocketAddr, on_header: &(impl Fn(Seen) + Sync)) -> io::Result<()> {
-    let local = stream.local_addr()?;
+async fn answer(
+    mut stream: impl Stream,
+    (peer, local): (Client, Address),
+    on_header: &(impl Fn(Seen) + Sync),
+) -> io::Result<()> {
     let mut buffer = Vec::new();
     let Some(first) = first_bytes(&mut stream, &mut buffer).await? else { return Ok(()) };
     let seen = Seen { transport: Transport::Stream, peer, local, first };
@@ -298,7 +358,7 @@ async fn answer(mut stream: TcpStream, peer: SocketAddr, on_header: &(impl Fn(Se
 
 /// Reads until the first bytes are a header, wrong, or none; what follows a header, or what is none, stays in `buffer`.
 /// `None`: closed without a byte.
-async fn first_bytes(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Option<First>> {
+async fn first_bytes(stream: &mut impl Stream, buffer: &mut Vec<u8>) -> io::Result<Option<First>> {
     let deadline = Instant::now() + HEADER_TIMEOUT;
     loop {
         match decode(buffer) {
@@ -332,7 +392,7 @@ fn could_be_http(bytes: &[u8]) -> bool {
 }
 
 /// Answers requests without a body one after the other; one with a body, or "Connection: close", is the last.
-async fn http(stream: &mut TcpStream, buffer: &mut Vec<u8>, seen: &Seen) -> io::Result<()> {
+async fn http(stream: &mut impl Stream, buffer: &mut Vec<u8>, seen: &Seen) -> io::Result<()> {
     let mut patience = HEADER_TIMEOUT;
     loop {
         let deadline = Instant::now() + patience;
@@ -380,7 +440,7 @@ async fn http(stream: &mut TcpStream, buffer: &mut Vec<u8>, seen: &Seen) -> io::
 }
 
 /// Sends back what comes, and closes when the other side has closed.
-async fn echo(stream: &mut TcpStream, already: &[u8]) -> io::Result<()> {
+async fn echo(stream: &mut impl Stream, already: &[u8]) -> io::Result<()> {
     stream.write_all(already).await?;
     let mut buffer = vec![0; 16 * 1024];
     while let Ok(len @ 1..) = timeout(IDLE_TIMEOUT, stream.read(&mut buffer)).await.unwrap_or(Ok(0)) {
@@ -390,7 +450,7 @@ async fn echo(stream: &mut TcpStream, already: &[u8]) -> io::Result<()> {
 }
 
 /// Closes without a reset: one that overtakes the answer would destroy it.
-async fn linger(stream: &mut TcpStream) -> io::Result<()> {
+async fn linger(stream: &mut impl Stream) -> io::Result<()> {
     stream.shutdown().await?;
     let mut buffer = vec![0; 16 * 1024];
     let drain = async { while let Ok(1..) = stream.read(&mut buffer).await {} };
@@ -402,6 +462,8 @@ async fn linger(stream: &mut TcpStream) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::proxy_protocol::{Addresses, Tlv, Version};
+    use std::net::SocketAddr;
+    use tokio::net::TcpStream;
     use tokio::sync::mpsc;
 
     fn v2(transport: Transport) -> Vec<u8> {

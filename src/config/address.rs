@@ -1,7 +1,7 @@
 //! PURE. Addresses and networks as operators write them, and what to say where they are wrong.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::Path;
 
 use ipnet::IpNet;
 
@@ -17,10 +17,16 @@ const NAME_BYTES_MAX: usize = 254;
 /// Longest part of a name.
 const LABEL_BYTES_MAX: usize = 63;
 
+/// What systemd takes as the name of a socket.
+const FD_NAME_BYTES_MAX: usize = 255;
+
 /// One element of `listeners.NAME.bind`.
 pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Box<Diagnostic>> {
-    if text.value.starts_with("unix:") || text.value.starts_with("fd:") {
-        return Err(Box::new(not_supported(&text.span, &format!("bind = {:?}", text.value))));
+    if let Some(path) = text.value.strip_prefix("unix:") {
+        return Ok(Bind::Unix(unix_path(text, path, "unix:/run/preface/web.sock")?.into()));
+    }
+    if let Some(name) = text.value.strip_prefix("fd:") {
+        return inherited(text, name);
     }
     if let Some(port) = text.value.strip_prefix(':').and_then(port) {
         let address = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
@@ -48,14 +54,30 @@ pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Box<Diagnostic>> 
         let address = socket_address(text, "bind", "such as \"127.0.0.1:9900\", or \"unix:/path\"")?;
         return Ok(AdminBind::Tcp(address));
     };
+    Ok(AdminBind::Unix(unix_path(text, path, "unix:/run/preface/admin.sock")?.to_owned()))
+}
+
+/// The path behind `unix:`.
+fn unix_path<'a>(text: &Text<'_>, path: &'a str, example: &str) -> Result<&'a Path, Box<Diagnostic>> {
     let problem = match path {
         _ if !path.starts_with('/') => "the path of a UNIX socket must be absolute",
         _ if path.ends_with('/') => "the path of a UNIX socket must name a file",
         _ if path.len() > UNIX_PATH_BYTES_MAX => "the path of a UNIX socket must not be longer than 107 bytes",
         _ if path.contains('\0') => "the path of a UNIX socket must not contain a zero byte",
-        _ => return Ok(AdminBind::Unix(PathBuf::from(path))),
+        _ => return Ok(Path::new(path)),
     };
-    Err(Box::new(Diagnostic::error(&text.span, problem).help("for example \"unix:/run/preface/admin.sock\"")))
+    Err(Box::new(Diagnostic::error(&text.span, problem).help(format!("for example {example:?}"))))
+}
+
+/// The name behind `fd:`, as sd_listen_fds_with_names(3) allows them.
+fn inherited(text: &Text<'_>, name: &str) -> Result<Bind, Box<Diagnostic>> {
+    let fits = |byte: u8| (byte.is_ascii_graphic() || byte == b' ') && byte != b':';
+    if (1..=FD_NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(fits) {
+        return Ok(Bind::Inherited(name.to_owned()));
+    }
+    let message = format!("{name:?} cannot be the name of an inherited socket");
+    let help = "\"fd:web\" is what a socket unit with FileDescriptorName=web hands over; a name has 1 to 255 ASCII characters without \":\"";
+    Err(Box::new(Diagnostic::error(&text.span, message).help(help)))
 }
 
 /// Where probes are served.
@@ -66,8 +88,8 @@ pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>>
 /// The address of an upstream.
 pub(super) fn upstream(text: &Text<'_>) -> Result<UpstreamAddress, Box<Diagnostic>> {
     let value = text.value;
-    if value.starts_with("unix:") {
-        return Err(Box::new(not_supported(&text.span, &format!("address {value:?}"))));
+    if let Some(path) = value.strip_prefix("unix:") {
+        return Ok(UpstreamAddress::Unix(unix_path(text, path, "unix:/run/app.sock")?.into()));
     }
     let bare = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(value);
     let (ip, port) = match bare.parse::<IpAddr>() {

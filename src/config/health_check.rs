@@ -44,6 +44,7 @@ pub(super) fn read(pool: &Section<'_>, upstreams: &[Upstream]) -> Option<HealthC
         section.note(diagnostic.help("checks of one upstream do not overlap: a slow one delays the next"));
     }
     check_command(&section, &check, upstreams);
+    check_unix(&section, &check, upstreams);
     check_header_fits(&section, &check, upstreams);
     Some(check)
 }
@@ -183,6 +184,22 @@ fn check_command(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstre
         section.note(
             Diagnostic::warning(&span, "\"proxy_command\" has no effect: these checks send no header").if_whole(),
         );
+    }
+}
+
+/// A UNIX upstream has no port, and takes streams.
+fn check_unix(section: &Section<'_>, check: &HealthCheck, upstreams: &[Upstream]) {
+    let is_unix = |upstream: &&Upstream| matches!(upstream.address, UpstreamAddress::Unix(_));
+    let Some(upstream) = upstreams.iter().find(is_unix).map(Upstream::to_string) else { return };
+    if check.port.is_some() {
+        let message = format!("upstream {upstream:?} has no port that a check could go to");
+        let diagnostic = Diagnostic::error(&section.span_of("port"), message);
+        section.note(diagnostic.help("leave \"port\" out, or give the UNIX socket a pool of its own"));
+    }
+    if matches!(check.probe, Probe::Udp { .. }) {
+        let message = format!("this check is udp, and upstream {upstream:?} takes streams");
+        let diagnostic = Diagnostic::error(&section.span_of("protocol"), message);
+        section.note(diagnostic.help("write protocol = \"tcp\" or \"http\""));
     }
 }
 

@@ -231,7 +231,7 @@ static LISTENER: Table = Table {
             "bind",
             Kind::Texts("an address such as \":80\" or \"192.0.2.1:80\", or a list of them"),
             Default::Required,
-            "\":80\" (every address, IPv4 and IPv6), \"192.0.2.1:80\", \"[::]:80\", or a list of them.",
+            "\":80\" (every address, IPv4 and IPv6), \"192.0.2.1:80\", \"[::]:80\", \"unix:/path\" (mode 0660), \"fd:NAME\" (a socket handed over by systemd), or a list of them.",
         ),
         key(
             "protocol",
@@ -397,7 +397,8 @@ static UPSTREAM: Table = Table {
             Kind::Text("an address such as \"10.0.0.30:80\", or a name such as \"web.example.com.:80\""),
             Default::Required,
             "IP address and port, or a name and port: each of its addresses is an upstream, looked up again as its TTLs \
-             say; without a port: the listener's. \"srv:_http._tcp.example.com.\" takes ports and weights from SRV records.",
+             say; without a port: the listener's. \"srv:_http._tcp.example.com.\" takes ports and weights from SRV records. \
+             \"unix:/path\" is a UNIX socket.",
         ),
         key(
             "weight",

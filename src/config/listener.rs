@@ -58,6 +58,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         let diagnostic = Diagnostic::error(&span, format!("{what} lets nobody connect")).label("an empty list");
         section.note(diagnostic.help("leave \"allow\" out to let everybody connect, or list networks"));
     }
+    check_unix(section, &what, binds.iter().zip(&texts), &protocols);
     if !protocols.contains(&Protocol::Udp) {
         for key in ["max_sessions", "responses"] {
             let Some(span) = section.written(key).filter(|_| section.size(key) > 0) else { continue };
@@ -88,6 +89,29 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
         tlvs: tlvs::read(&tlvs_section),
     };
     WrittenListener { listener, binds: texts, pool, tlvs: tlvs_section, protocol: section.written("protocol") }
+}
+
+/// What a UNIX socket cannot do: take datagrams, and tell its clients apart.
+fn check_unix<'b, 'a: 'b>(
+    section: &Section<'_>,
+    what: &str,
+    mut binds: impl Iterator<Item = (&'b Bind, &'b Text<'a>)>,
+    protocols: &[Protocol],
+) {
+    let Some((bind, text)) = binds.find(|(bind, _)| matches!(bind, Bind::Unix(_))) else { return };
+    if protocols.contains(&Protocol::Udp) {
+        let diagnostic = Diagnostic::error(&text.span, format!("{what} serves UDP, and a UNIX socket takes streams"));
+        section.note(diagnostic.help("give UDP a listener of its own").if_whole());
+    }
+    for key in ["allow", "deny", "max_connections_per_source"] {
+        let Some(span) = section.written(key) else { continue };
+        if key == "max_connections_per_source" && section.size(key) == 0 {
+            continue;
+        }
+        let message = format!("{key:?} is about client addresses, and clients of \"{bind}\" have none");
+        let diagnostic = Diagnostic::error(&span, message).also(&text.span, "any program that may open this file");
+        section.note(diagnostic.help("who may connect is decided by the file, mode 0660, and by its directory; give the UNIX socket a listener without this key"));
+    }
 }
 
 fn protocol(word: &'static str) -> Protocol {
@@ -154,11 +178,13 @@ pub(super) fn resolve_binds(
     admin_span: &Span,
 ) {
     let mut all: Vec<Bound> = Vec::new();
-    if let AdminBind::Tcp(address) = admin.bind
-        && address.port() != 0
-    {
-        let bind = Bind::Ip(IpBind { address, any: false, v6only: false });
-        let (span, written, owner) = (admin_span.clone(), address.to_string(), "the admin API".to_owned());
+    let admin_bind = match &admin.bind {
+        AdminBind::Tcp(address) if address.port() == 0 => None,
+        AdminBind::Tcp(address) => Some(Bind::Ip(IpBind { address: *address, any: false, v6only: false })),
+        AdminBind::Unix(path) => Some(Bind::Unix(path.as_path().into())),
+    };
+    if let Some(bind) = admin_bind {
+        let (span, written, owner) = (admin_span.clone(), bind.to_string(), "the admin API".to_owned());
         let protocols = vec![Protocol::Tcp];
         all.push(Bound { bind, span, written, owner, protocols, is_admin: true });
     }
@@ -196,7 +222,12 @@ fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
     let diagnostic = diagnostic.help(match every {
         Some(every) => format!("{:?} is every IPv4 and every IPv6 address", every.written),
         None if first.written == second.written => {
-            "one address serves one listener: give one of them another port or address".to_owned()
+            let other = match &second.bind {
+                Bind::Ip(_) => "port or address",
+                Bind::Unix(_) => "path",
+                Bind::Inherited(_) => "name",
+            };
+            format!("one address serves one listener: give one of them another {other}")
         }
         None => "the admin API needs a port that no listener has on every address".to_owned(),
     });

@@ -95,6 +95,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
         upstreams,
     };
     check_connect_times(section, &pool);
+    check_unix(section, &pool, &places);
     check_weights(section, &pool);
     let (name, proxy_protocol) = (section.span.clone(), section.span_of("proxy_protocol"));
     let all_read = section.list_len("upstreams") == places.len();
@@ -218,6 +219,19 @@ fn check_connect_times(section: &Section<'_>, pool: &Pool) {
     let key = if section.written("connect_timeout").is_some() { "connect_timeout" } else { "connect_deadline" };
     let diagnostic = Diagnostic::error(&section.span_of(key), message);
     section.note(diagnostic.help("raise \"connect_deadline\", or lower \"connect_timeout\""));
+}
+
+/// What has no effect on UNIX upstreams.
+fn check_unix(section: &Section<'_>, pool: &Pool, places: &[WrittenUpstream<'_>]) {
+    let is_unix = |upstream: &Upstream| matches!(upstream.address, UpstreamAddress::Unix(_));
+    let Some(index) = pool.upstreams.iter().position(is_unix) else { return };
+    let place = &places[index].address;
+    for (key, is_set) in [("source", !pool.source.is_empty()), ("fast_open", pool.fast_open)] {
+        if is_set {
+            let message = format!("{key:?} is for TCP and has no effect on upstream {:?}", place.value);
+            section.note(Diagnostic::warning(&section.span_of(key), message).also(&place.span, "a UNIX socket"));
+        }
+    }
 }
 
 fn check_weights(section: &Section<'_>, pool: &Pool) {

@@ -200,6 +200,7 @@ fn check_pool_of(file: &Section<'_>, written: &WrittenListener<'_>, pools: &[Wri
         file.note(tlvs_without_v2(&written.tlvs, &format!("listener {:?}", written.listener.name), pool));
     }
     check_header_fits(file, written, pool);
+    check_datagrams_fit(file, written, pool);
     check_loops_and_ports(file, written, pool);
 }
 
@@ -231,6 +232,23 @@ fn check_header_fits(file: &Section<'_>, written: &WrittenListener<'_>, pool: &W
         // One is enough where the pool decides for all of them.
         if place.proxy_protocol.is_none() {
             return;
+        }
+    }
+}
+
+/// A UNIX upstream takes streams.
+fn check_datagrams_fit(file: &Section<'_>, written: &WrittenListener<'_>, pool: &WrittenPool<'_>) {
+    if !written.listener.serves(Protocol::Udp) {
+        return;
+    }
+    for (upstream, place) in pool.pool.upstreams.iter().zip(&pool.upstreams) {
+        if let UpstreamAddress::Unix(_) = upstream.address {
+            let (name, address) = (&written.listener.name, place.address.value);
+            let message = format!("listener {name:?} serves UDP, and upstream {address:?} takes streams");
+            let diagnostic = Diagnostic::error(&place.address.span, message).if_whole();
+            let protocol =
+                written.protocol.as_ref().map_or(diagnostic.clone(), |at| diagnostic.clone().also(at, "here"));
+            file.note(protocol.help("give UDP a pool of IP addresses"));
         }
     }
 }

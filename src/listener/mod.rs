@@ -16,7 +16,7 @@ use tokio::time::sleep;
 use crate::address::Address;
 use crate::connection::{self, Record, Shared};
 use crate::net::{self, Accepted, Listening, Stream};
-use crate::snapshot::Listener;
+use crate::snapshot::{At, Listener};
 use crate::termination::Termination;
 
 /// How long a listener rests when no descriptor is left.
@@ -25,11 +25,15 @@ const SHORTAGE_REST: Duration = Duration::from_millis(100);
 const HANDSHAKES_GRACE: Duration = Duration::from_millis(100);
 /// Connections accepted in a row before the worker's other tasks have a turn.
 const ACCEPTS_PER_TURN: usize = 64;
+/// The same where all workers accept from one socket: who comes first must not take the whole queue.
+const SHARED_ACCEPTS_PER_TURN: usize = 4;
 
 /// One listening socket of one worker.
 pub struct Acceptor {
     /// The socket.
     pub listening: Listening,
+    /// Whose it is, besides this worker's.
+    pub at: At,
     /// What the socket is bound to.
     pub bound: Address,
     /// Under which its listener stands in the snapshot.
@@ -65,8 +69,16 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
             }
         }
     }
-    if let Err(error) = acceptor.listening.refuse_handshakes() {
-        tracing::debug!(event = "retire", listener = &*listener.life.name, reason = %error, "no filter on the socket");
+    match acceptor.at {
+        At::Ip { .. } => {
+            if let Err(error) = acceptor.listening.refuse_handshakes() {
+                tracing::debug!(event = "retire", listener = &*listener.life.name, reason = %error, "no filter on the socket");
+            }
+        }
+        // Its file is gone by now: nobody new finds the way here.
+        At::Unix(_) => {}
+        // Whoever handed the socket over still has it, and with it the queue: for the next process, without a loss.
+        At::Inherited { .. } => return,
     }
     accept_queued(&shared, &acceptor, &listener);
     sleep(HANDSHAKES_GRACE).await;
@@ -74,7 +86,11 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
 }
 
 async fn accept_some(shared: &Rc<Shared>, acceptor: &Acceptor, listener: &mut Arc<Listener>) -> io::Result<()> {
-    for count in 0..ACCEPTS_PER_TURN {
+    // Each connection to a shared socket wakes every worker that waits for one, and one of them gets it: the event loop
+    // does not offer EPOLLEXCLUSIVE. A busy worker does not wait, so the others' vain look costs idle time.
+    let is_shared = !matches!(acceptor.at, At::Ip { .. });
+    let accepts_max = if is_shared { SHARED_ACCEPTS_PER_TURN } else { ACCEPTS_PER_TURN };
+    for count in 0..accepts_max {
         // Waits for the first one only. What was accepted is admitted in the same turn: a connection that is dropped
         // in between would look served to its client.
         let next = poll_fn(|cx| match acceptor.listening.poll_accept(cx) {

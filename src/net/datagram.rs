@@ -42,24 +42,29 @@ fn open(options: &BindOptions, reuse_port: bool) -> io::Result<Socket> {
         socket.set_only_v6(options.v6only)?;
     }
     socket.set_reuse_port(reuse_port)?;
-    let may_fragment = allow_fragments(&socket, address);
+    prepare(&socket, address)?;
+    socket.bind(&SockAddr::from(address))?;
+    Ok(socket)
+}
+
+/// Sets what `listener::udp` counts on. `address` is what the socket is bound to, or will be.
+pub fn prepare(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    let may_fragment = allow_fragments(socket, address);
     if address.ip().is_unspecified() {
         // On a dual-stack socket the IPv6 option tells of IPv4 datagrams, too, in mapped form.
         let (level, option) = match address.is_ipv6() {
             true => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
             false => (libc::IPPROTO_IP, libc::IP_PKTINFO),
         };
-        set_option(&socket, level, option, 1)?;
+        set_option(socket, level, option, 1)?;
     }
-    if set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES as i32).is_err() {
+    if set_option(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, QUEUE_BYTES as i32).is_err() {
         socket.set_recv_buffer_size(QUEUE_BYTES)?;
     }
     socket.set_send_buffer_size(QUEUE_BYTES)?;
     // Kernels before 5.0 deliver datagrams one by one, which is as good.
-    let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1);
-    may_fragment?;
-    socket.bind(&SockAddr::from(address))?;
-    Ok(socket)
+    let _ = set_option(socket, libc::SOL_UDP, libc::UDP_GRO, 1);
+    may_fragment
 }
 
 /// A socket whose datagrams all go to one address, from `source` or from where the kernel chooses.

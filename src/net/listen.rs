@@ -44,6 +44,15 @@ pub fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
+/// Makes a socket that listens already hand the options to what it accepts that our own ones do.
+pub fn adopt(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
+    if socket.domain()? == Domain::UNIX {
+        return Ok(());
+    }
+    socket.set_tcp_nodelay(true)?;
+    set_keepalive(socket, keepalive)
+}
+
 fn set_keepalive(socket: &Socket, keepalive: Option<Duration>) -> io::Result<()> {
     match keepalive {
         Some(idle) => socket.set_tcp_keepalive(&super::keepalive(idle)),
@@ -79,13 +88,15 @@ pub struct Accepted {
 #[derive(Debug)]
 pub struct Listening {
     socket: AsyncFd<Socket>,
+    is_unix: bool,
 }
 
 impl Listening {
     /// Registers with the current runtime.
     pub fn new(socket: Socket) -> io::Result<Listening> {
+        let is_unix = socket.domain()? == Domain::UNIX;
         // SAFETY: a Socket refers to the same open descriptor until it is dropped, which AsyncFd does last.
-        Ok(Listening { socket: unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? } })
+        Ok(Listening { socket: unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? }, is_unix })
     }
 
     /// The next connection.
@@ -101,8 +112,12 @@ impl Listening {
         }
     }
 
-    /// Connections accepted from now on use this keepalive; `None`: off.
+    /// Connections accepted from now on use this keepalive; `None`: off. A UNIX socket needs none: its peer's end is
+    /// known at once.
     pub fn set_keepalive(&self, keepalive: Option<Duration>) -> io::Result<()> {
+        if self.is_unix {
+            return Ok(());
+        }
         set_keepalive(self.socket.get_ref(), keepalive)
     }
 

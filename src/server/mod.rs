@@ -6,11 +6,12 @@ mod history;
 mod look;
 mod names;
 mod reload;
+mod sockets;
 mod state;
 mod status;
 mod suspicion;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -32,6 +33,7 @@ use crate::discovery::Discovery;
 use crate::drain::{OpenConnections, Stop, StopSource};
 use crate::log;
 use crate::net;
+use crate::net::inherited::{self, Inherited};
 use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
@@ -45,7 +47,10 @@ use watch::{ContentHash, Watch};
 const LAST_RESETS: Duration = Duration::from_secs(1);
 
 /// Serves the configuration in `path` until told to stop. Errors are for a person: what, where, what to do.
+///
+/// Called while the process has one thread: it takes the variables that tell of inherited sockets.
 pub fn run(path: PathBuf) -> anyhow::Result<()> {
+    let inherited = inherited::take();
     let content = watch::read(&path).with_context(|| {
         format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
     })?;
@@ -53,7 +58,8 @@ pub fn run(path: PathBuf) -> anyhow::Result<()> {
     let log = log::init(parsed.config.log.format, &parsed.config.log.level)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let warnings = parsed.warnings.render(Style::Plain);
-    let outcome = runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone()));
+    let outcome =
+        runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone(), inherited));
     log.flush(Duration::from_secs(1));
     // A look at the file that hangs (NFS, a flood of file events) must not hold up the end of the process.
     runtime.shutdown_background();
@@ -67,14 +73,14 @@ async fn serve(
     warnings: Vec<String>,
     hash: ContentHash,
     log: log::Log,
+    inherited: Inherited,
 ) -> anyhow::Result<()> {
-    let descriptors = limits::raise_descriptor_limit();
     let mut signals = Signals::new()?;
     let (handle, mut commands) = control::channel();
     let listener = admin::bind(&config.admin.bind)?;
     let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
     let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
-    let mut state = start_state(&path, &config, log, handle, descriptors)?;
+    let mut state = start_state(&path, &config, log, handle, inherited)?;
     (state.text, state.warnings) = (text, warnings);
     let admin_bind = listener.address()?;
     let mut config = config;
@@ -97,6 +103,7 @@ async fn serve(
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
     }
+    state.tell_of_unused_sockets();
     for (slot, listener) in &state.snapshot.load().slots {
         tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
     }
@@ -119,8 +126,9 @@ fn start_state(
     config: &Config,
     log: log::Log,
     handle: control::Handle,
-    descriptors: usize,
+    inherited: Inherited,
 ) -> anyhow::Result<State> {
+    let descriptors = limits::raise_descriptor_limit();
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let open = Arc::new(OpenConnections::default());
     let count = match config.runtime.workers {
@@ -137,13 +145,15 @@ fn start_state(
         let worker = Worker::start(place, snapshot, open, handle.clone(), log.sender(), Arc::clone(&probes));
         workers.push(worker.context("cannot start a worker thread; see ulimit -u and the cgroup's pids.max")?);
     }
+    let (has_ipv6, ports) = (net::has_ipv6(), limits::local_ports());
+    let inputs = Inputs { inherited: Arc::new(inherited), has_ipv6, ports, ..Inputs::default() };
     let nothing = Config { listeners: BTreeMap::new(), pools: BTreeMap::new(), ..config.clone() };
     Ok(State {
         path: path.to_owned(),
         config: nothing,
         text: String::new(),
         warnings: Vec::new(),
-        inputs: Inputs { has_ipv6: net::has_ipv6(), ports: limits::local_ports(), ..Inputs::default() },
+        inputs,
         snapshot,
         workers,
         checkers: BTreeMap::new(),
@@ -153,6 +163,7 @@ fn start_state(
         touched: HashSet::new(),
         joined: HashSet::new(),
         closing: Vec::new(),
+        socket_files: HashMap::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
         log_level: LogLevel::configured(&config.log.level),
@@ -295,7 +306,9 @@ async fn at(time: Option<Instant>) {
     }
 }
 
-async fn close_listeners(state: &State) {
+async fn close_listeners(state: &mut State) {
+    // Nobody new finds UNIX sockets from here on; what is queued is still served.
+    state.socket_files.clear();
     let mut closed = Vec::new();
     for worker in &state.workers {
         let (sender, receiver) = oneshot::channel();

@@ -221,7 +221,7 @@ impl State {
             self.resolve(&mut new);
             let changed = new.pools.iter().any(|(name, pool)| !Arc::ptr_eq(pool, &self.config.pools[name]));
             if changed {
-                self.adopt(new);
+                self.go_over_to(new);
                 self.store_next();
             }
         }

@@ -1,7 +1,6 @@
 //! One reload: parse, bind what is new, build and store the snapshot, then listen. It happens entirely or not at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,6 +19,7 @@ use crate::discovery::surroundings;
 use crate::net::datagram;
 use crate::net::limits;
 use crate::net::listen::{self, BindOptions};
+use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
 use crate::server::names::log_changes;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
@@ -54,7 +54,9 @@ const SETTING_MAX: Duration = Duration::from_millis(200);
 struct Bound {
     key: SocketKey,
     address: Address,
+    /// One for each worker, or the one of which it has one.
     sockets: Vec<Socket>,
+    file: Option<SocketFile>,
 }
 
 impl State {
@@ -104,12 +106,13 @@ impl State {
     /// Puts a configuration in force, or says why it can't be; then nothing has changed.
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
-        let bound = self.bind(&new)?;
-        for bound in &bound {
+        let mut bound = self.bind(&new)?;
+        for bound in &mut bound {
             self.inputs.slots.insert(bound.key.clone(), self.next_slot);
+            self.socket_files.extend(bound.file.take().map(|file| (bound.key.clone(), file)));
             self.next_slot += 1;
         }
-        let old = self.adopt(new);
+        let old = self.go_over_to(new);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
         let mut gone: Vec<(SocketKey, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
@@ -139,7 +142,7 @@ impl State {
 
     /// Goes over to another configuration, up to the snapshot that is made of it: sees to what left, joined and stays, and
     /// returns the one before.
-    pub fn adopt(&mut self, new: Config) -> Config {
+    pub fn go_over_to(&mut self, new: Config) -> Config {
         let old = std::mem::replace(&mut self.config, new);
         self.inputs.connections_max = self.connections_max();
         self.carry_over(&old);
@@ -165,7 +168,7 @@ impl State {
     fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {
         let mut keys = BTreeMap::new();
         for listener in config.listeners.values() {
-            for key in snapshot::socket_keys(listener, self.inputs.has_ipv6) {
+            for key in snapshot::socket_keys(listener, &self.inputs) {
                 keys.insert(key, listener.name.clone());
             }
         }
@@ -175,20 +178,33 @@ impl State {
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
     fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
-        let mut errors = Vec::new();
+        let mut errors = self.inherited_errors(new);
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
         for (key, name) in self.socket_keys(new) {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
-            let At::Ip { address, v6only } = key.at else { continue };
-            let options = BindOptions { address, v6only, keepalive: new.listeners[&name].keepalive };
-            match self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other))) {
-                Ok(sockets) => {
-                    own.insert(key.clone());
-                    bound.push(Bound { key, address: address.into(), sockets });
+            let listener = &new.listeners[&name];
+            let made = match &key.at {
+                At::Ip { address, v6only } => {
+                    let options = BindOptions { address: *address, v6only: *v6only, keepalive: listener.keepalive };
+                    let sockets = self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other)));
+                    sockets.map(|sockets| (sockets, Address::Ip(*address), None))
                 }
-                Err(error) => errors.push(bind_error(&name, key.protocol, address, &error)),
+                At::Unix(path) => {
+                    let made = self.bind_unix(path);
+                    made.map(|(sockets, file)| (sockets, Address::Unix(Arc::clone(path)), Some(file)))
+                }
+                At::Inherited { index, .. } => {
+                    self.adopt(listener, *index).map(|(sockets, address)| (sockets, address, None))
+                }
+            };
+            match made {
+                Ok((sockets, address, file)) => {
+                    own.insert(key.clone());
+                    bound.push(Bound { key, address, sockets, file });
+                }
+                Err(error) => errors.push(bind_error(&name, &key, &error)),
             }
         }
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
@@ -287,26 +303,31 @@ impl State {
 
     async fn listen(&mut self, bound: Vec<Bound>) {
         let snapshot = self.snapshot.load_full();
-        for Bound { key, address, sockets } in bound {
+        for Bound { key, address, sockets, .. } in bound {
             let slot = self.inputs.slots[&key];
             let Some(listener) = snapshot.slots.get(&slot) else { continue };
-            for (worker, socket) in self.workers.iter().zip(sockets) {
-                let opened = match key.protocol {
-                    Protocol::Tcp => listen::listen(&socket),
-                    Protocol::Udp => Ok(()),
+            // A socket that one worker serves alone is not always the first one's.
+            let workers = self.workers.iter().cycle().skip(slot % self.workers.len());
+            for (worker, socket) in workers.zip(sockets) {
+                let opened = match (key.protocol, &key.at) {
+                    (Protocol::Tcp, At::Ip { .. } | At::Unix(_)) => listen::listen(&socket),
+                    // It takes datagrams already, or listens already, with the queue that its maker chose.
+                    (Protocol::Udp, _) | (_, At::Inherited { .. }) => Ok(()),
                 };
                 if let Err(error) = opened {
                     tracing::error!(event = "listen", listener = &*listener.life.name, %address, reason = %error);
                     continue;
                 }
-                let (protocol, bound, listener) = (key.protocol, address.clone(), Arc::clone(listener));
-                worker.send(Message::Listen { protocol, socket, bound, slot, listener }).await;
+                let (key, bound, listener) = (key.clone(), address.clone(), Arc::clone(listener));
+                worker.send(Message::Listen { key, socket, bound, slot, listener }).await;
             }
         }
     }
 
     async fn close(&mut self, gone: &[(SocketKey, usize)]) {
         for (key, slot) in gone {
+            // From here on a path leads nowhere; what is queued is still served.
+            drop(self.socket_files.remove(key));
             for worker in &self.workers {
                 let (closed, closing) = oneshot::channel();
                 worker.send(Message::Unlisten { slot: *slot, closed }).await;
@@ -361,7 +382,12 @@ fn shares(one: &SocketKey, other: &SocketKey) -> bool {
         && (address.ip().is_unspecified() || one_address.ip().is_unspecified() || address == one_address)
 }
 
-fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::io::Error) -> String {
+fn bind_error(name: &str, key: &SocketKey, error: &std::io::Error) -> String {
+    let (protocol, address) = match &key.at {
+        At::Ip { address, .. } => (key.protocol, address),
+        At::Unix(path) => return unix_error(name, path, error),
+        At::Inherited { name: fd, .. } => return format!("error: listener {name:?} cannot use fd:{fd}: {error}"),
+    };
     let port = address.port();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -377,6 +403,17 @@ fn bind_error(name: &str, protocol: Protocol, address: SocketAddr, error: &std::
     };
     let protocol = if protocol == Protocol::Udp { " for UDP" } else { "" };
     format!("error: listener {name:?} cannot bind {address}{protocol}: {error}; {next}")
+}
+
+fn unix_error(name: &str, path: &Path, error: &std::io::Error) -> String {
+    let path = path.display();
+    let next = match error.kind() {
+        std::io::ErrorKind::AddrInUse => format!("see who has it: ss -xlp src {path}; or choose another path"),
+        std::io::ErrorKind::PermissionDenied => "let the user that runs preface write to its directory".to_owned(),
+        std::io::ErrorKind::NotFound => "make its directory first".to_owned(),
+        _ => "see the system's message".to_owned(),
+    };
+    format!("error: listener {name:?} cannot bind unix:{path}: {error}; {next}")
 }
 
 fn log_report(report: &ReloadReport) {

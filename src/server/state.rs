@@ -19,6 +19,7 @@ use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply}
 use crate::drain::OpenConnections;
 use crate::health::{Checker, Target};
 use crate::log::Log;
+use crate::net::unix::SocketFile;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::history::History;
@@ -118,6 +119,8 @@ pub struct State {
     pub joined: HashSet<UpstreamKey>,
     /// Addresses that left the configuration, until each worker has closed its socket.
     pub closing: Vec<(SocketKey, oneshot::Receiver<()>)>,
+    /// Files of the UNIX sockets that are served; dropped, a file is removed.
+    pub socket_files: HashMap<SocketKey, SocketFile>,
     /// The next address to be bound gets this number.
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
