@@ -32,7 +32,7 @@ use crate::snapshot::{Listener, Snapshot};
 use crate::termination::Termination;
 
 use measured::Measured;
-use record::{Entry, Registry};
+use record::Registry;
 use tap::Tap;
 
 pub use record::{Record, new_id};
@@ -126,9 +126,14 @@ impl Shared {
         });
     }
 
-    /// Adds what was carried since the last call to the counters of listeners and upstreams.
+    /// Adds what was carried since the last call to the counters of listeners and upstreams, and measures whose first
+    /// byte has come.
     pub fn fold(&self) {
-        self.registry.borrow().each(Entry::fold);
+        let measured = &mut *self.measured.borrow_mut();
+        self.registry.borrow().each(|entry| {
+            entry.fold();
+            entry.measure_first_byte(measured);
+        });
     }
 
     /// Hands over what was measured, for an empty one.
@@ -220,10 +225,11 @@ async fn reach(
     let mut early = Early::default();
     let deadline = Instant::now() + listener.pool.config.connect_deadline;
     let mut attempts = Attempts::default();
+    let client_ip = record.client().ip().map(|client| client.ip());
     for _ in 0..=listener.pool.config.retries {
         // An attempt may come seconds after the accept: what was taken out since then must not get it.
         record.shared.refresh(slot, &mut listener);
-        let mut picked = attempts.pick(&listener.pool);
+        let mut picked = attempts.pick(client_ip, &listener.pool);
         if matches!(picked, Err(PickError::Tried)) {
             if Instant::now() + RETRY_SAME_DELAY >= deadline {
                 break;
@@ -231,7 +237,7 @@ async fn reach(
             sleep(RETRY_SAME_DELAY).await;
             record.shared.refresh(slot, &mut listener);
             attempts.tried.clear();
-            picked = attempts.pick(&listener.pool);
+            picked = attempts.pick(client_ip, &listener.pool);
         }
         let picked = match picked {
             Ok(picked) => picked,
@@ -283,9 +289,9 @@ struct Attempts {
 }
 
 impl Attempts {
-    fn pick(&self, pool: &Pool) -> Result<Picked, PickError> {
+    fn pick(&self, client: Option<IpAddr>, pool: &Pool) -> Result<Picked, PickError> {
         if self.tried.is_empty() && self.barred.is_empty() {
-            return pool.pick(&[]);
+            return pool.pick(client, &[]);
         }
         // By their lives: a reload in between may have moved their indices.
         let excluded =
@@ -293,7 +299,7 @@ impl Attempts {
         let upstreams = pool.upstreams.iter().enumerate();
         let tried: Vec<usize> =
             upstreams.filter(|(_, upstream)| excluded(&upstream.life)).map(|(index, _)| index).collect();
-        pool.pick(&tried)
+        pool.pick(client, &tried)
     }
 }
 

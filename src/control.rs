@@ -73,9 +73,38 @@ pub enum ReloadOutcome {
     Refused,
 }
 
+/// What came of one upgrade.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct UpgradeReport {
+    /// upgraded or failed.
+    pub outcome: UpgradeOutcome,
+    /// The process that serves now.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Connections and sessions that the old process still carries; 0 if it goes on serving.
+    pub open: usize,
+    /// Why the old process goes on serving; empty unless failed.
+    pub errors: Vec<String>,
+    /// From the order to its outcome.
+    pub duration_ms: f64,
+}
+
+/// How an upgrade ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeOutcome {
+    /// Another process serves now.
+    Upgraded,
+    /// This one goes on; see the errors.
+    Failed,
+}
+
 /// One request.
 #[derive(Debug)]
 pub enum Command {
+    /// Start the program again and hand it every listening socket.
+    Upgrade(oneshot::Sender<UpgradeReport>),
     /// Load the file again.
     Reload(ReloadTrigger, oneshot::Sender<Arc<ReloadReport>>),
     /// Set the admin state of upstreams of a pool: of one address, or of all.
@@ -173,6 +202,11 @@ impl Handle {
     /// Ask for a reload and wait for its outcome.
     pub async fn reload(&self, trigger: ReloadTrigger) -> Result<Arc<ReloadReport>, Stopped> {
         self.ask(|reply| Command::Reload(trigger, reply)).await
+    }
+
+    /// Ask for an upgrade and wait for its outcome.
+    pub async fn upgrade(&self) -> Result<UpgradeReport, Stopped> {
+        self.ask(Command::Upgrade).await
     }
 
     /// Change the admin state of upstreams.

@@ -1,6 +1,7 @@
 //! The immutable view of everything that the data path reads, and how the next one is built from the last.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -12,6 +13,7 @@ use crate::config::{self, Bind, Config, HeaderFormat, LogConnections, Protocol, 
 use crate::net::inherited::{Inherited, Kind};
 use crate::pool::balance::{Candidate, SLOW_START_STEPS};
 use crate::pool::header::HeaderPlan;
+use crate::pool::source_hash::Tables;
 use crate::pool::{AdminState, Health, Pool, Upstream, UpstreamKey, UpstreamLife};
 use crate::termination::{DropReason, Termination};
 
@@ -275,6 +277,8 @@ pub struct Inputs {
     pub listener_lives: HashMap<String, Arc<ListenerLife>>,
     /// Where each pool's round robin stands.
     pub turns: HashMap<PoolKey, Arc<AtomicUsize>>,
+    /// The tables of `source_hash`, which stay while the sets of upstreams do.
+    pub tables: Tables,
     /// The slot of each bound address.
     pub slots: HashMap<SocketKey, usize>,
     /// The sockets that the process was started with.
@@ -308,6 +312,7 @@ pub fn build(
         };
         pools.insert(key, built);
     }
+    inputs.tables.forget_unused();
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
         for key in socket_keys(listener, inputs) {
@@ -368,6 +373,17 @@ impl SocketKey {
     /// The port of that address.
     pub fn port(&self) -> Option<u16> {
         self.ip().map(|address| address.port())
+    }
+}
+
+impl fmt::Display for SocketKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = self.protocol.as_str();
+        match &self.at {
+            At::Ip { address, v6only } => write!(f, "{protocol} {address}{}", if *v6only { " v6only" } else { "" }),
+            At::Unix(path) => write!(f, "{protocol} unix:{}", path.display()),
+            At::Inherited { name, index } => write!(f, "{protocol} fd:{name} {index}"),
+        }
     }
 }
 
@@ -465,7 +481,7 @@ fn build_pool(pool: &Arc<config::Pool>, port: Option<u16>, inputs: &mut Inputs, 
         });
     }
     let turn = inputs.turns.entry((pool.name.clone(), port)).or_default();
-    Pool::new(Arc::clone(pool), upstreams, Arc::clone(turn))
+    Pool::new(Arc::clone(pool), upstreams, Arc::clone(turn), &mut inputs.tables)
 }
 
 fn build_listener(
@@ -592,7 +608,23 @@ mod tests {
         let pool = &snapshot.pools[&("ingress".to_owned(), Some(80))];
         assert_eq!(pool.upstreams[0].candidate.health, Health::Healthy);
         assert_eq!(pool.upstreams[0].candidate.admin, AdminState::Draining);
-        assert_eq!(pool.pick(&[]).unwrap().index, 1, "the other is unknown, and the only one enabled");
+        assert_eq!(pool.pick(None, &[]).unwrap().index, 1, "the other is unknown, and the only one enabled");
+    }
+
+    #[test]
+    fn a_clients_upstream_is_the_same_one_on_all_ports_of_a_listener() {
+        let config = parse(&TWO_POOLS.replace("[pools.ingress]", "[pools.ingress]\nbalance = \"source_hash\""));
+        let mut inputs = inputs(&config);
+        let snapshot = build(&Snapshot::default(), &config, &mut inputs, None, Instant::now());
+        let [http, https] = [80, 443].map(|port| &snapshot.pools[&("ingress".to_owned(), Some(port))]);
+        let mut counts = [0; 2];
+        for last in 1..=200 {
+            let client = Some(IpAddr::from([192, 0, 2, last]));
+            let picked = http.pick(client, &[]).unwrap();
+            assert_eq!(picked.index, https.pick(client, &[]).unwrap().index);
+            counts[picked.index] += 1;
+        }
+        assert!(counts.iter().all(|count| *count > 50), "{counts:?}");
     }
 
     #[test]

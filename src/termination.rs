@@ -55,15 +55,15 @@ macro_rules! causes {
 causes! {
     /// Both sides closed in good order, the client first.
     ClientClosed = Client.Relay."closed",
-    /// The client reset the connection while bytes were carried.
+    /// The client reset the connection, or no longer answered keepalive probes.
     ClientReset = Client.Relay."reset",
     /// Both sides closed in good order, the upstream first.
     UpstreamClosed = Upstream.Relay."closed",
-    /// The upstream reset the connection while bytes were carried.
+    /// The upstream reset the connection, or no longer answered keepalive probes.
     UpstreamReset = Upstream.Relay."reset",
-    /// Every attempt to connect was refused.
+    /// The last attempt to connect was refused; those before it failed, too.
     UpstreamRefused = Upstream.Connect."refused",
-    /// No attempt to connect was answered in time.
+    /// The last attempt to connect was not answered in time; those before it failed, too.
     UpstreamTimeout = Upstream.Connect."timeout",
     /// No route to the upstream.
     UpstreamUnreachable = Upstream.Connect."unreachable",
@@ -99,8 +99,10 @@ causes! {
     DrainTimeout = Preface.Relay."drain_timeout",
     /// The upstream turned unhealthy, and `on_unhealthy` is `close`.
     Unhealthy = Preface.Relay."unhealthy",
-    /// `stop_timeout` is over.
+    /// The process stops, and `stop_timeout` is over, or a second signal came.
     StopTimeout = Preface.Stop."stop_timeout",
+    /// An upgrade: a new process reads the session's socket now, and its client has a session there with its next datagram.
+    HandedOver = Preface.Stop."handed_over",
     /// A bug: the task of this connection panicked.
     Panic = Preface.Relay."panic",
 }
@@ -113,7 +115,7 @@ impl Termination {
 
     /// Is this a regular end of a UDP session? Nobody closes one: silence is how it ends.
     pub fn is_regular_for_session(self) -> bool {
-        matches!(self, Termination::IdleTimeout | Termination::Responses)
+        matches!(self, Termination::IdleTimeout | Termination::Responses | Termination::HandedOver)
     }
 }
 

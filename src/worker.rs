@@ -1,6 +1,6 @@
 //! One thread that carries traffic: its runtime, its inbox, its sockets.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::{Rc, Weak};
@@ -21,11 +21,11 @@ use crate::control::view::{self, Filter, Tapped};
 use crate::control::{self, probes::Probes};
 use crate::drain::OpenConnections;
 use crate::listener::udp::{Buffers, Udp};
-use crate::listener::{self, Acceptor};
+use crate::listener::{self, Acceptor, Lent};
 use crate::log;
 use crate::net::{Listening, limits};
 use crate::pool::UpstreamLife;
-use crate::snapshot::{Listener, Snapshot, SocketKey};
+use crate::snapshot::{At, Listener, Snapshot, SocketKey};
 use crate::termination::Termination;
 
 /// Messages under way to one worker; the control thread waits when it is full.
@@ -33,7 +33,7 @@ const INBOX_MAX: usize = 1024;
 
 /// What the control thread tells a worker.
 pub enum Message {
-    /// Serve this socket, which listens already or takes datagrams.
+    /// Serve this socket, which listens already or takes datagrams. An address may have several here.
     Listen {
         /// What it is, and whose.
         key: SocketKey,
@@ -52,6 +52,15 @@ pub enum Message {
         slot: usize,
         /// Told when the socket is closed.
         closed: oneshot::Sender<()>,
+    },
+    /// Show every socket that is served: another descriptor of each.
+    Lend(oneshot::Sender<io::Result<Vec<Lent>>>),
+    /// Leave the sockets of these addresses to another process that has them, too, as they are.
+    HandOver {
+        /// As in `Listen`.
+        slots: Arc<[usize]>,
+        /// Told when nothing is read from them any more.
+        left: oneshot::Sender<()>,
     },
     /// Connections accepted from now on use this keepalive.
     Keepalive {
@@ -176,7 +185,7 @@ fn carry_out(shared: &Shared, look: Look) {
 }
 
 async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: impl Fn()) {
-    let mut acceptors: HashMap<usize, (Rc<Acceptor>, tokio::task::JoinHandle<()>)> = HashMap::new();
+    let mut acceptors = Acceptors::default();
     let mut udp = UdpSockets::default();
     while let Some(message) = messages.recv().await {
         match message {
@@ -184,35 +193,21 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
                 udp.serve(&shared, socket, bound, slot, listener);
             }
             Message::Listen { key: SocketKey { at, .. }, socket, bound, slot, listener } => {
-                match Listening::new(socket) {
-                    Ok(listening) => {
-                        let acceptor = Rc::new(Acceptor { listening, at, bound, slot, retire: Notify::new() });
-                        let task = listener::run(Rc::clone(&shared), Rc::clone(&acceptor), listener);
-                        acceptors.insert(slot, (acceptor, tokio::task::spawn_local(task)));
-                    }
-                    Err(error) => {
-                        tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here")
-                    }
-                }
+                acceptors.serve(&shared, socket, (at, bound, slot), listener);
             }
             Message::Unlisten { slot, closed } => {
-                if let Some((acceptor, task)) = acceptors.remove(&slot) {
-                    acceptor.retire.notify_one();
-                    drop(acceptor);
-                    tokio::task::spawn_local(async move {
-                        let _ = task.await;
-                        let _ = closed.send(());
-                    });
-                } else {
-                    udp.retire(slot, closed);
-                }
+                let mut tasks = acceptors.retire(slot, false);
+                tasks.extend(udp.retire(slot));
+                tell_when_ended(tasks, closed);
+            }
+            Message::Lend(reply) => drop(reply.send(acceptors.lend().chain(udp.lend()).collect())),
+            Message::HandOver { slots, left } => {
+                let tasks = slots.iter().flat_map(|slot| acceptors.retire(*slot, true)).collect();
+                slots.iter().for_each(|slot| udp.hand_over(*slot));
+                tell_when_ended(tasks, left);
             }
             Message::Keepalive { slot, keepalive, set } => {
-                if let Some((acceptor, _)) = acceptors.get(&slot)
-                    && let Err(error) = acceptor.listening.set_keepalive(keepalive)
-                {
-                    tracing::warn!(event = "keepalive", address = %acceptor.bound, reason = %error);
-                }
+                acceptors.set_keepalive(slot, keepalive);
                 let _ = set.send(());
             }
             Message::Collect(emptied, reply) => {
@@ -229,26 +224,84 @@ async fn run(shared: Rc<Shared>, mut messages: mpsc::Receiver<Message>, alive: i
             Message::Look(look) => carry_out(&shared, look),
             Message::Stop(reply) => {
                 udp.each(Udp::drain);
-                let retiring: Vec<_> = acceptors.drain().map(|(_, acceptor)| acceptor).collect();
-                tokio::task::spawn_local(async move {
-                    for (acceptor, _) in &retiring {
-                        acceptor.retire.notify_one();
-                    }
-                    for (_, task) in retiring {
-                        let _ = task.await;
-                    }
-                    let _ = reply.send(());
-                });
+                tell_when_ended(acceptors.retire_all(), reply);
             }
         }
     }
 }
 
-/// The UDP sockets of a worker, until the last session of each has ended.
+fn tell_when_ended(tasks: Vec<Task>, told: oneshot::Sender<()>) {
+    tokio::task::spawn_local(async move {
+        for task in tasks {
+            let _ = task.await;
+        }
+        let _ = told.send(());
+    });
+}
+
+/// What serves one socket.
+type Task = tokio::task::JoinHandle<()>;
+
+/// The listening sockets of a worker, by slot. An address has more than one here where an earlier process had more
+/// workers.
+#[derive(Default)]
+struct Acceptors {
+    served: HashMap<usize, Vec<(Rc<Acceptor>, Task)>>,
+}
+
+impl Acceptors {
+    fn serve(
+        &mut self,
+        shared: &Rc<Shared>,
+        socket: Socket,
+        (at, bound, slot): (At, Address, usize),
+        listener: Arc<Listener>,
+    ) {
+        match Listening::new(socket) {
+            Ok(listening) => {
+                let (retire, handed_over) = (Notify::new(), Cell::new(false));
+                let acceptor = Rc::new(Acceptor { listening, at, bound, slot, retire, handed_over });
+                let task = listener::run(Rc::clone(shared), Rc::clone(&acceptor), listener);
+                self.served.entry(slot).or_default().push((acceptor, tokio::task::spawn_local(task)));
+            }
+            Err(error) => tracing::error!(event = "listen", address = %bound, reason = %error, "cannot accept here"),
+        }
+    }
+
+    /// Ends those of an address; what is still to be waited for.
+    fn retire(&mut self, slot: usize, handed_over: bool) -> Vec<Task> {
+        let retire = |(acceptor, task): (Rc<Acceptor>, Task)| {
+            acceptor.handed_over.set(handed_over);
+            acceptor.retire.notify_one();
+            task
+        };
+        self.served.remove(&slot).into_iter().flatten().map(retire).collect()
+    }
+
+    fn retire_all(&mut self) -> Vec<Task> {
+        let slots: Vec<usize> = self.served.keys().copied().collect();
+        slots.into_iter().flat_map(|slot| self.retire(slot, false)).collect()
+    }
+
+    fn lend(&self) -> impl Iterator<Item = io::Result<Lent>> {
+        let acceptors = self.served.values().flatten();
+        acceptors.map(|(acceptor, _)| acceptor.lend())
+    }
+
+    fn set_keepalive(&self, slot: usize, keepalive: Option<Duration>) {
+        for (acceptor, _) in self.served.get(&slot).into_iter().flatten() {
+            if let Err(error) = acceptor.listening.set_keepalive(keepalive) {
+                tracing::warn!(event = "keepalive", address = %acceptor.bound, reason = %error);
+            }
+        }
+    }
+}
+
+/// The UDP sockets of a worker by slot, until the last session of each has ended.
 #[derive(Default)]
 struct UdpSockets {
     buffers: Rc<RefCell<Buffers>>,
-    served: HashMap<usize, (Weak<Udp>, tokio::task::JoinHandle<()>)>,
+    served: HashMap<usize, Vec<(Weak<Udp>, Task)>>,
 }
 
 impl UdpSockets {
@@ -259,24 +312,34 @@ impl UdpSockets {
         match Udp::new(shared, &self.buffers, socket, bound, slot, listener) {
             Ok(udp) => {
                 let weak = Rc::downgrade(&udp);
-                self.served.insert(slot, (weak, tokio::task::spawn_local(udp.run())));
+                self.served.entry(slot).or_default().push((weak, tokio::task::spawn_local(udp.run())));
             }
             Err(error) => tracing::error!(event = "listen", address = %bound, reason = %error, "no datagrams here"),
         }
     }
 
-    fn retire(&mut self, slot: usize, closed: oneshot::Sender<()>) {
-        let Some((udp, task)) = self.served.remove(&slot) else { return };
-        if let Some(udp) = udp.upgrade() {
-            udp.retire();
-        }
-        tokio::task::spawn_local(async move {
-            let _ = task.await;
-            let _ = closed.send(());
-        });
+    /// Ends those of an address; what is still to be waited for.
+    fn retire(&mut self, slot: usize) -> Vec<Task> {
+        let retire = |(udp, task): (Weak<Udp>, Task)| {
+            if let Some(udp) = udp.upgrade() {
+                udp.retire();
+            }
+            task
+        };
+        self.served.remove(&slot).into_iter().flatten().map(retire).collect()
+    }
+
+    /// They stay until their sessions have ended.
+    fn hand_over(&mut self, slot: usize) {
+        let served = self.served.get(&slot).into_iter().flatten();
+        served.filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| udp.hand_over());
+    }
+
+    fn lend(&self) -> impl Iterator<Item = io::Result<Lent>> {
+        self.served.values().flatten().filter_map(|(udp, _)| udp.upgrade()?.lend())
     }
 
     fn each(&self, act: impl Fn(&Udp)) {
-        self.served.values().filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| act(&udp));
+        self.served.values().flatten().filter_map(|(udp, _)| udp.upgrade()).for_each(|udp| act(&udp));
     }
 }

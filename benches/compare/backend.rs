@@ -214,6 +214,11 @@ impl<'a> Server<'a> {
                 Ok(fd) => fd,
                 Err(rustix::io::Errno::AGAIN) => return Ok(()),
                 Err(rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR) => continue,
+                Err(error @ (rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)) => {
+                    // This run fails; those after it are none the worse.
+                    self.shared.fault(format!("the backend cannot accept: {error}"));
+                    return Ok(());
+                }
                 Err(error) => return Err(error.into()),
             };
             let index = self.free.pop().unwrap_or_else(|| {

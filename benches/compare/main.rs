@@ -10,6 +10,7 @@ pub mod plot;
 pub mod report;
 pub mod rows;
 pub mod run;
+pub mod watch;
 pub mod wire;
 
 use std::fs;
@@ -34,10 +35,10 @@ const DESCRIPTORS: u64 = 65_536;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "benches/compare/run", no_binary_name = true)]
 pub struct Options {
-    /// Rows: bulk, pingpong, short, udp, idle, reload, scaling, or what --list shows
+    /// Rows: bulk, pingpong, short, watched, udp, idle, reload, scaling, or what --list shows
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
-    /// Candidates: direct, preface, preface-log-on, bare, haproxy, nginx, envoy; -tuned for a tuned one alone
+    /// Candidates: direct, preface, preface-log-on, preface-watched, bare, haproxy, nginx, envoy; -tuned for a tuned one alone
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Runs of each candidate in each row [default: 5, quick 2, smoke 1]
@@ -155,7 +156,7 @@ fn versions(setup: &Setup, rows: &[Row]) -> Vec<(String, String)> {
     let haproxy = peers::find("haproxy").unwrap_or_default();
     let nginx = peers::find("nginx").unwrap_or_default();
     let programs = [
-        ("preface", &setup.preface, "--version", &[Kind::Preface, Kind::PrefaceLog][..]),
+        ("preface", &setup.preface, "--version", &[Kind::Preface, Kind::PrefaceLog, Kind::Watched][..]),
         ("HAProxy", &haproxy, "-v", &[Kind::Haproxy, Kind::HaproxyTuned]),
         ("nginx", &nginx, "-v", &[Kind::Nginx, Kind::NginxTuned]),
         ("Envoy", &setup.envoy, "--version", &[Kind::Envoy]),

@@ -37,6 +37,7 @@ pub struct Meter<'a> {
     gauge: &'a Gauge,
     begun: Instant,
     candidate: u64,
+    workers: u64,
     own: u64,
     machine: f64,
 }
@@ -48,6 +49,8 @@ pub struct Usage {
     pub wall: f64,
     /// CPU seconds of the candidate, all threads.
     pub candidate: f64,
+    /// Of these, what its threads named "worker-" used: those of preface that carry traffic.
+    pub workers: f64,
     /// CPU seconds of generator and backend.
     pub own: f64,
     /// CPU seconds of the whole machine, in steps of 10 ms.
@@ -57,12 +60,17 @@ pub struct Usage {
 impl Gauge {
     /// Begins to measure.
     pub fn start(&self) -> io::Result<Meter<'_>> {
-        let (candidate, own, machine) = (self.nanoseconds()?, run_time(std::process::id())?, machine_seconds()?);
-        Ok(Meter { gauge: self, begun: Instant::now(), candidate, own, machine })
+        let (candidate, workers) = (self.nanoseconds()?, self.worker_nanoseconds()?);
+        let (own, machine) = (run_time(std::process::id())?, machine_seconds()?);
+        Ok(Meter { gauge: self, begun: Instant::now(), candidate, workers, own, machine })
     }
 
     fn nanoseconds(&self) -> io::Result<u64> {
         self.pids.iter().map(|&pid| run_time(pid)).sum()
+    }
+
+    fn worker_nanoseconds(&self) -> io::Result<u64> {
+        Ok(self.threads("worker-")?.iter().sum())
     }
 
     /// Proportional memory of user space, in KiB.
@@ -100,6 +108,7 @@ impl Meter<'_> {
         Ok(Usage {
             wall,
             candidate: seconds(self.gauge.nanoseconds()?, self.candidate),
+            workers: seconds(self.gauge.worker_nanoseconds()?, self.workers),
             own: seconds(run_time(std::process::id())?, self.own),
             machine: machine_seconds()? - self.machine,
         })

@@ -13,6 +13,7 @@ use preface::proxy_protocol::Version;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::measure::{self, Gauge};
+use super::watch::Watchers;
 
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +24,8 @@ pub enum Kind {
     Preface,
     /// With its connection log, as it is by default.
     PrefaceLog,
+    /// The same, while a page and a `top` are open and Prometheus scrapes every second.
+    Watched,
     /// The same relay without features.
     Bare,
     /// At its defaults.
@@ -40,10 +43,11 @@ pub enum Kind {
 }
 
 /// Every one that is measured unless others are asked for.
-pub const ALL: [Kind; 9] = [
+pub const ALL: [Kind; 10] = [
     Kind::Direct,
     Kind::Preface,
     Kind::PrefaceLog,
+    Kind::Watched,
     Kind::Bare,
     Kind::Haproxy,
     Kind::HaproxyTuned,
@@ -59,6 +63,7 @@ impl Kind {
             Kind::Direct => "direct",
             Kind::Preface => "preface",
             Kind::PrefaceLog => "preface, log on",
+            Kind::Watched => "preface, watched",
             Kind::Bare => "bare relay",
             Kind::Haproxy => "HAProxy",
             Kind::HaproxyTuned => "HAProxy tuned",
@@ -146,13 +151,14 @@ pub struct Running {
     setup: Setup,
     child: Option<Child>,
     reloads: u32,
+    watchers: Option<Watchers>,
 }
 
 impl Running {
     /// Starts it. It may not listen yet.
     pub fn start(kind: Kind, setup: &Setup) -> Result<Running, String> {
         let target = if kind == Kind::Direct { setup.upstream } else { free_address().map_err(|e| e.to_string())? };
-        let mut running = Running { kind, target, setup: setup.clone(), child: None, reloads: 0 };
+        let mut running = Running { kind, target, setup: setup.clone(), child: None, reloads: 0, watchers: None };
         if kind == Kind::Direct {
             return Ok(running);
         }
@@ -162,6 +168,9 @@ impl Running {
         let child = spawn(command, &setup.cpus).map_err(|error| format!("{}: {error}", program.display()))?;
         groups.extend(Pid::from_raw(child.id() as i32));
         running.child = Some(child);
+        if kind == Kind::Watched {
+            running.watchers = Some(Watchers::start(&running.file("sock")));
+        }
         Ok(running)
     }
 
@@ -175,7 +184,7 @@ impl Running {
         self.write_config(&file)?;
         let mut command = match self.kind {
             Kind::Direct => unreachable!("nothing to start"),
-            Kind::Preface | Kind::PrefaceLog | Kind::Headerless => {
+            Kind::Preface | Kind::PrefaceLog | Kind::Watched | Kind::Headerless => {
                 let mut command = Command::new(&self.setup.preface);
                 command.arg("run").arg("--config").arg(&file).env("RUNTIME_DIRECTORY", &self.setup.directory);
                 command
@@ -227,7 +236,7 @@ impl Running {
         let connect_s = 5 + self.reloads % 2;
         let directory = directory.display();
         match self.kind {
-            Kind::Preface | Kind::PrefaceLog | Kind::Headerless => {
+            Kind::Preface | Kind::PrefaceLog | Kind::Watched | Kind::Headerless => {
                 let header = if self.kind == Kind::Headerless { "off" } else { "v2" };
                 let protocol = if *datagrams { "udp" } else { "tcp" };
                 let log = if self.kind == Kind::PrefaceLog { "all" } else { "off" };
@@ -276,6 +285,11 @@ impl Running {
                 .replace("{upstream}", &upstream.port().to_string()),
             Kind::Direct | Kind::Bare => String::new(),
         }
+    }
+
+    /// How often those who watch it were answered; `None`: nobody does.
+    pub fn watched(&self) -> Option<u64> {
+        self.watchers.as_ref().map(Watchers::answers)
     }
 
     /// Its processes, to be measured.

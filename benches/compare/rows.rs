@@ -19,6 +19,8 @@ pub struct Row {
     pub contestants: Vec<Contestant>,
     /// What it should come to.
     pub targets: Vec<Target>,
+    /// So many times the usual amount: what happens once a second needs seconds to be seen.
+    pub times: u64,
 }
 
 /// A candidate as it takes part in a row.
@@ -93,6 +95,7 @@ const fn metric(key: &'static str, title: &'static str) -> Metric {
 
 const BUSY: Metric = metric("busy", "cores the candidate kept busy");
 const GENERATOR: Metric = metric("generator", "cores generator and backend kept busy");
+const WORKERS: Metric = metric("workers", "its workers");
 const SPREAD: Metric = metric("spread", "busiest / least busy worker");
 
 const ONE_WAY: [Metric; 6] = of_datagrams("CPU-s per 100k datagrams");
@@ -131,6 +134,7 @@ impl Work {
                 const {
                     &[
                         metric("cpu", "CPU-s per 100k round trips"),
+                        WORKERS,
                         metric("machine", "whole machine"),
                         metric("rate", "1000/s"),
                         metric("p50", "p50 µs"),
@@ -145,6 +149,7 @@ impl Work {
                 const {
                     &[
                         metric("cpu", "CPU-s per 10k connections"),
+                        WORKERS,
                         metric("machine", "whole machine"),
                         metric("rate", "1000/s"),
                         metric("p50", "p50 µs"),
@@ -207,7 +212,7 @@ const PEERS: [Kind; 8] = [Direct, Preface, Bare, Haproxy, HaproxyTuned, Nginx, N
 
 fn row(name: &str, title: &str, work: Work, kinds: &[Kind], targets: Vec<Target>) -> Row {
     let contestants = kinds.iter().map(|&kind| Contestant { kind, workers: 1, scaling: false }).collect();
-    Row { name: name.to_owned(), title: title.to_owned(), work, contestants, targets }
+    Row { name: name.to_owned(), title: title.to_owned(), work, contestants, targets, times: 1 }
 }
 
 /// All rows, for a machine with so many processors.
@@ -255,13 +260,35 @@ pub fn all(cpus: usize) -> Vec<Row> {
         let title = format!("Short connections, {at_a_time} at a time");
         rows.push(row(&format!("short-{at_a_time}"), &title, Work::Short { at_a_time }, &kinds, targets));
     }
-    rows.extend(datagrams());
+    rows.extend(watched());
     let targets = vec![ratio("preface / HAProxy", "memory", &[Haproxy, HaproxyTuned], 0.5)];
     rows.push(row("idle", "Idle connections", Work::Idle, &PEERS[1..], targets));
     rows.push(reload());
+    // After the idle connections: the clients of these keep their descriptors.
+    rows.extend(datagrams());
     rows.extend(scaling(cpus));
     rows
 }
+
+/// What it costs to be looked at: a page, a `top` and a scrape, each every second.
+fn watched() -> [Row; 2] {
+    let works = [
+        ("pingpong-64-64", "ping-pong of 64 B, 64 connections", Work::PingPong { connections: 64, size: 64 }),
+        ("short-16", "short connections, 16 at a time", Work::Short { at_a_time: 16 }),
+    ];
+    works.map(|(name, words, work)| {
+        let against = |text, key, max| Target { of: Watched, ..ratio(text, key, &[Preface], max) };
+        let targets = vec![
+            against("watched / not watched: the workers", "workers", 1.02),
+            against("watched / not watched: the whole process", "cpu", 1.05),
+        ];
+        let row = row(&format!("watched-{name}"), &format!("Watched: {words}"), work, &[Preface, Watched], targets);
+        Row { times: WATCHED_TIMES, ..row }
+    })
+}
+
+/// A run of these takes seconds, and each of them has its page, `top` and scrape.
+const WATCHED_TIMES: u64 = 3;
 
 /// nginx is the only peer that balances UDP, and has no header for it.
 fn datagrams() -> Vec<Row> {
@@ -304,6 +331,7 @@ fn scaling(cpus: usize) -> Vec<Row> {
         work,
         contestants: contestants(),
         targets: vec![],
+        times: 1,
     };
     works.map(row).into()
 }

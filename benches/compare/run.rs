@@ -84,7 +84,7 @@ impl Arena {
                     &format!("{}: {}/{repetitions} {}", row.name, repetition + 1, entry.contestant.label()),
                     false,
                 );
-                match self.turn(row.work, entry.contestant, &mut running[index]) {
+                match self.turn(row, entry.contestant, &mut running[index]) {
                     Ok(sample) => entry.samples.push(sample),
                     Err(failure) => {
                         progress(&format!("{}: {} FAILED: {failure}", row.name, entry.contestant.label()), true);
@@ -104,10 +104,11 @@ impl Arena {
     /// One run of one candidate, started first if it isn't running.
     fn turn(
         &mut self,
-        work: Work,
+        row: &Row,
         contestant: Contestant,
         slot: &mut Option<Running>,
     ) -> std::result::Result<Sample, String> {
+        let work = row.work;
         let running = match slot {
             Some(running) => running,
             None => {
@@ -125,13 +126,14 @@ impl Arena {
             }
         };
         self.backend.expect(contestant.kind.header(), running.target.port());
-        let outcome = self.sample(work, running);
+        let outcome = self.sample(work, row.times, running);
         self.backend.hang_up();
         let faults = self.backend.faults();
         match (outcome, running.ended()) {
             (_, Some(ended)) => Err(ended),
             _ if !faults.is_empty() => Err(faults.join("; ")),
             (Err(error), None) => Err(error.to_string()),
+            (Ok(_), None) if running.watched() == Some(0) => Err("nobody watches it".to_owned()),
             (Ok(sample), None) => Ok(sample),
         }
     }
@@ -162,8 +164,9 @@ impl Arena {
         }
     }
 
-    fn sample(&mut self, work: Work, running: &mut Running) -> io::Result<Sample> {
+    fn sample(&mut self, work: Work, times: u64, running: &mut Running) -> io::Result<Sample> {
         let Amounts { bytes, round_trips, connections: count, .. } = self.amounts;
+        let (round_trips, count) = (round_trips * times, count * times);
         let (target, gauge) = (running.target, running.gauge());
         if let Some(plan) = plan(work, running) {
             return self.datagrams(&plan, &gauge);
@@ -212,8 +215,9 @@ impl Arena {
     }
 
     fn idle(&mut self, running: &Running, gauge: &Gauge) -> io::Result<Sample> {
-        // Two descriptors each, and some for everything else.
-        let room = (preface::net::limits::raise_descriptor_limit().saturating_sub(600)) / 2;
+        // Two descriptors each, here as in the candidate, which needs some for everything else, too.
+        let open = std::fs::read_dir("/proc/self/fd")?.count();
+        let room = preface::net::limits::raise_descriptor_limit().saturating_sub(open.max(600)) / 2;
         let count = self.amounts.idle.min(room.saturating_sub(IDLE_WARM));
         let warm = self.generator.open(running.target, IDLE_WARM, Request::Echo)?;
         let before = gauge.memory_kib()?;
@@ -282,6 +286,9 @@ fn of_usage(usage: &Usage, units: f64, rate_unit: f64, gauge: &Gauge) -> Sample 
     // The direct run has no candidate.
     if !gauge.pids.is_empty() {
         sample.extend([("cpu", usage.candidate / units), ("busy", usage.candidate / usage.wall)]);
+    }
+    if usage.workers > 0.0 {
+        sample.insert("workers", usage.workers / units);
     }
     sample
 }

@@ -23,6 +23,7 @@ const ALIVE_WITHIN: Duration = Duration::from_millis(200);
 pub struct Announcement {
     path: PathBuf,
     content: String,
+    left: bool,
 }
 
 /// `$RUNTIME_DIRECTORY`, of which systemd may give several, or `/run/preface`.
@@ -32,12 +33,13 @@ pub fn runtime_directory(variable: Option<&str>) -> PathBuf {
 }
 
 /// Write the file into an existing directory. `None` where that cannot be, or where another running process already
-/// announced itself: a second one, started for a test, must not catch the orders meant for the first.
-pub fn announce(directory: &Path, bind: &AdminBind) -> Option<Announcement> {
+/// announced itself: a second one, started for a test, must not catch the orders meant for the first. `predecessor`:
+/// the process of that address is the one whose place is taken.
+pub fn announce(directory: &Path, bind: &AdminBind, predecessor: Option<&AdminBind>) -> Option<Announcement> {
     let path = directory.join(FILE_NAME);
     let content = format!("{}\n", address_text(bind));
     let other = fs::read_to_string(&path).ok().filter(|other| *other != content).and_then(|other| parse(&other));
-    if other.is_some_and(|other| is_alive(&other)) {
+    if other.is_some_and(|other| Some(&other) != predecessor && is_alive(&other)) {
         return None;
     }
     // Renamed into place, so that a reader never sees half of it.
@@ -47,7 +49,7 @@ pub fn announce(directory: &Path, bind: &AdminBind) -> Option<Announcement> {
         let _ = fs::remove_file(&temporary);
         return None;
     }
-    Some(Announcement { path, content })
+    Some(Announcement { path, content, left: false })
 }
 
 /// The address that a running process announced in this directory.
@@ -83,9 +85,16 @@ fn is_alive(bind: &AdminBind) -> bool {
     }
 }
 
+impl Announcement {
+    /// Leaves the file to the process that has written it again.
+    pub fn leave(mut self) {
+        self.left = true;
+    }
+}
+
 impl Drop for Announcement {
     fn drop(&mut self) {
-        if fs::read_to_string(&self.path).is_ok_and(|content| content == self.content) {
+        if !self.left && fs::read_to_string(&self.path).is_ok_and(|content| content == self.content) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -101,12 +110,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(announced(directory.path()).unwrap(), None);
         for bind in [AdminBind::Tcp("[::1]:9900".parse().unwrap()), AdminBind::Unix("/run/x.sock".into())] {
-            let announcement = announce(directory.path(), &bind).unwrap();
+            let announcement = announce(directory.path(), &bind, None).unwrap();
             assert_eq!(announced(directory.path()).unwrap(), Some(bind));
             drop(announcement);
             assert_eq!(announced(directory.path()).unwrap(), None);
         }
-        assert!(announce(Path::new("/nonexistent"), &AdminBind::Unix("/run/x.sock".into())).is_none());
+        assert!(announce(Path::new("/nonexistent"), &AdminBind::Unix("/run/x.sock".into()), None).is_none());
     }
 
     #[test]
@@ -115,13 +124,29 @@ mod tests {
         let alive = TcpListener::bind("127.0.0.1:0").unwrap();
         let first = AdminBind::Tcp(alive.local_addr().unwrap());
         let second = AdminBind::Unix("/run/second.sock".into());
-        let announcement = announce(directory.path(), &first).unwrap();
-        assert!(announce(directory.path(), &second).is_none());
+        let announcement = announce(directory.path(), &first, None).unwrap();
+        assert!(announce(directory.path(), &second, None).is_none());
+        assert!(announce(directory.path(), &second, Some(&second)).is_none());
         drop(alive);
-        let successor = announce(directory.path(), &second).unwrap();
+        let successor = announce(directory.path(), &second, None).unwrap();
         drop(announcement);
         assert_eq!(announced(directory.path()).unwrap(), Some(second), "what is another's is not removed");
         drop(successor);
+    }
+
+    #[test]
+    fn who_takes_a_living_process_s_place_is_announced_in_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let alive = TcpListener::bind("127.0.0.1:0").unwrap();
+        let old = AdminBind::Tcp(alive.local_addr().unwrap());
+        for new in [AdminBind::Unix("/run/new.sock".into()), old.clone()] {
+            let before = announce(directory.path(), &old, Some(&new)).unwrap();
+            let after = announce(directory.path(), &new, Some(&old)).unwrap();
+            before.leave();
+            assert_eq!(announced(directory.path()).unwrap(), Some(new));
+            drop(after);
+            assert_eq!(announced(directory.path()).unwrap(), None);
+        }
     }
 
     #[test]

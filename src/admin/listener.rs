@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -50,7 +51,7 @@ pub fn bind(bind: &AdminBind) -> io::Result<Listener> {
 
 fn explain(error: io::Error, what: &str, when_in_use: &str) -> io::Error {
     let next = match error.kind() {
-        io::ErrorKind::AddrInUse => when_in_use,
+        io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists => when_in_use,
         io::ErrorKind::PermissionDenied => "choose a place where this user may bind",
         io::ErrorKind::NotFound => "make its directory first",
         io::ErrorKind::AddrNotAvailable => "use an address of this machine",
@@ -59,9 +60,28 @@ fn explain(error: io::Error, what: &str, when_in_use: &str) -> io::Error {
     io::Error::new(error.kind(), format!("cannot bind [admin] {what}: {error}; {next}"))
 }
 
+/// The socket of another process at the same address. A UNIX socket's file stays that one's until `own`. `None`: the file
+/// is gone, and nobody could arrive.
+pub fn adopt(bind: &AdminBind, descriptor: OwnedFd) -> io::Result<Option<Listener>> {
+    match bind {
+        AdminBind::Tcp(address) => listen_tcp(*address, descriptor.into()).map(Some),
+        AdminBind::Unix(path) if !unix::is_socket(path) => Ok(None),
+        AdminBind::Unix(path) => {
+            let file = SocketFile::of(path)?;
+            file.set_owned(false);
+            let socket = UnixListener::from_std(descriptor.into())?;
+            Ok(Some(Listener { socket: Socket::Unix(socket, file), reach: Reach::Unix }))
+        }
+    }
+}
+
 fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     let socket = std::net::TcpListener::bind(address)?;
     socket.set_nonblocking(true)?;
+    listen_tcp(address, socket)
+}
+
+fn listen_tcp(address: SocketAddr, socket: std::net::TcpListener) -> io::Result<Listener> {
     let reach = if address.ip().to_canonical().is_loopback() { Reach::Loopback } else { Reach::Network };
     Ok(Listener { socket: Socket::Tcp(TcpListener::from_std(socket)?), reach })
 }
@@ -79,6 +99,21 @@ impl Listener {
         match &self.socket {
             Socket::Tcp(socket) => socket.local_addr().map(AdminBind::Tcp),
             Socket::Unix(_, file) => Ok(AdminBind::Unix(file.path().to_owned())),
+        }
+    }
+
+    /// For a process that takes this one's place.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Unix(socket, _) => socket.as_fd(),
+        }
+    }
+
+    /// Does a UNIX socket's file go away with this, or is it another process's, which has the socket, too?
+    pub fn set_owned(&self, owned: bool) {
+        if let Socket::Unix(_, file) = &self.socket {
+            file.set_owned(owned);
         }
     }
 
@@ -121,6 +156,34 @@ mod tests {
 
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn an_adopted_socket_goes_on_and_its_file_is_the_new_listener_s() {
+        let directory = tempfile::tempdir().unwrap();
+        let unix = AdminBind::Unix(directory.path().join("admin.sock"));
+        for bind_at in [unix.clone(), AdminBind::Tcp("127.0.0.1:0".parse().unwrap())] {
+            let old = bind(&bind_at).unwrap();
+            let address = old.address().unwrap();
+            let new = adopt(&bind_at, old.descriptor().try_clone_to_owned().unwrap()).unwrap().unwrap();
+            assert_eq!((new.address().unwrap(), new.reach()), (address.clone(), old.reach()));
+            new.set_owned(true);
+            old.set_owned(false);
+            drop(old);
+            let connected = match &address {
+                AdminBind::Tcp(address) => std::net::TcpStream::connect(address).map(drop),
+                AdminBind::Unix(path) => std::os::unix::net::UnixStream::connect(path).map(drop),
+            };
+            connected.unwrap();
+            new.accept().await.unwrap();
+        }
+        let AdminBind::Unix(path) = &unix else { unreachable!() };
+        assert!(!path.exists(), "it went away with the new listener");
+        let old = bind(&unix).unwrap();
+        drop(adopt(&unix, old.descriptor().try_clone_to_owned().unwrap()).unwrap());
+        assert!(path.exists(), "it is still the old one's");
+        fs::remove_file(path).unwrap();
+        assert!(adopt(&unix, old.descriptor().try_clone_to_owned().unwrap()).unwrap().is_none());
     }
 
     #[tokio::test]

@@ -15,10 +15,11 @@ use arc_swap::ArcSwap;
 use axum::Router;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, Request, State as Shared};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::handler::Handler;
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -28,10 +29,10 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
 pub use guard::{Access, read_token};
-pub use listener::{Listener, bind};
+pub use listener::{Listener, adopt, bind};
 
 use crate::control::probes::Probes;
-use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped};
+use crate::control::{Handle, ReloadOutcome, ReloadTrigger, SetAdmin, SetAdminError, Stopped, UpgradeOutcome};
 use crate::metrics;
 use crate::pool::AdminState;
 use events::Events;
@@ -82,6 +83,7 @@ GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the h
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
+POST /upgrade    start the program again and hand it every listener; connections stay
 POST /pools/POOL/drain?timeout=30s               nothing new; open connections stay, at most that long
 POST /pools/POOL/disable                         nothing new; open connections are reset
 POST /pools/POOL/enable                          as configured
@@ -116,7 +118,8 @@ pub enum Scope {
 }
 
 /// Serve until `stop`; then answers under way have a second.
-pub async fn serve(listener: Listener, state: State, stop: impl Future<Output = ()>) {
+pub async fn serve(listener: impl Into<Arc<Listener>>, state: State, stop: impl Future<Output = ()>) {
+    let listener = listener.into();
     let events = Events::new(state.control.clone());
     let service = TowerToHyperService::new(router(state, events.clone(), listener.reach()));
     let (stopping, stopped) = watch::channel(());
@@ -173,32 +176,90 @@ struct Server {
     reach: Reach,
 }
 
+/// What a route asks of its caller. There is no other way to a route than through these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guard {
+    /// Nothing: probes, and the page, which asks for the token itself.
+    Open,
+    /// `guard::check_read`: it shows addresses and what the inside looks like.
+    Read,
+    /// `guard::check_mutation`.
+    Change,
+}
+
+/// One call of the API.
+struct Route {
+    path: &'static str,
+    method: Method,
+    guard: Guard,
+    /// Is it there, and open, on `[admin] probe_bind`?
+    is_probe: bool,
+    handler: MethodRouter<Server>,
+}
+
+impl Route {
+    fn open<T: 'static>(path: &'static str, handler: impl Handler<T, Server>) -> Route {
+        Route { path, method: Method::GET, guard: Guard::Open, is_probe: false, handler: get(handler) }
+    }
+
+    fn read<T: 'static>(path: &'static str, handler: impl Handler<T, Server>) -> Route {
+        Route { guard: Guard::Read, ..Route::open(path, handler) }
+    }
+
+    fn post<T: 'static>(path: &'static str, handler: impl Handler<T, Server>) -> Route {
+        Route { path, method: Method::POST, guard: Guard::Change, is_probe: false, handler: post(handler) }
+    }
+
+    fn delete<T: 'static>(path: &'static str, handler: impl Handler<T, Server>) -> Route {
+        Route { path, method: Method::DELETE, guard: Guard::Change, is_probe: false, handler: delete(handler) }
+    }
+
+    fn also_a_probe(self) -> Route {
+        Route { is_probe: true, ..self }
+    }
+}
+
+/// The whole API. The tests hold each of these against the guard.
+fn routes() -> Vec<Route> {
+    vec![
+        Route::open("/", index),
+        Route::open("/livez", livez).also_a_probe(),
+        Route::open("/readyz", readyz).also_a_probe(),
+        Route::read("/metrics", metrics).also_a_probe(),
+        Route::read("/status", status),
+        Route::read("/history", history),
+        Route::read("/connections", look::connections),
+        Route::read("/tap", look::tap),
+        Route::read("/events", follow),
+        Route::read("/config", config),
+        Route::post("/reload", reload),
+        Route::post("/upgrade", upgrade),
+        Route::post("/log", look::set_log_level),
+        Route::delete("/connections/{id}", look::end_connection),
+        Route::post("/pools/{pool}/{order}", order_pool),
+        Route::post("/pools/{pool}/upstreams/{address}/{order}", order_upstream),
+    ]
+}
+
 fn router(state: State, events: Events, reach: Reach) -> Router {
     let scope = state.scope;
     let server = Server { state, events, reach };
-    let probes = Router::new().route("/livez", get(livez)).route("/readyz", get(readyz));
-    let metrics = Router::new().route("/metrics", get(metrics));
-    let all = match scope {
-        Scope::Probes => probes.merge(metrics),
-        Scope::All => {
-            let reads = metrics
-                .route("/status", get(status))
-                .route("/history", get(history))
-                .route("/connections", get(look::connections))
-                .route("/tap", get(look::tap))
-                .route("/events", get(follow))
-                .route("/config", get(config))
-                .route_layer(middleware::from_fn_with_state(server.clone(), guard_read));
-            let mutations = Router::new()
-                .route("/reload", post(reload))
-                .route("/log", post(look::set_log_level))
-                .route("/connections/{id}", delete(look::end_connection))
-                .route("/pools/{pool}/{order}", post(order_pool))
-                .route("/pools/{pool}/upstreams/{address}/{order}", post(order_upstream))
-                .route_layer(middleware::from_fn_with_state(server.clone(), guard_mutation));
-            probes.route("/", get(index)).merge(reads).merge(mutations)
-        }
-    };
+    let mut all = Router::new();
+    for Route { path, method, guard, is_probe, handler } in routes() {
+        // Whatever is no GET changes something.
+        let guard = if method == Method::GET { guard } else { Guard::Change };
+        let handler = match (scope, guard) {
+            (Scope::Probes, _) if !is_probe => continue,
+            (Scope::Probes, _) | (Scope::All, Guard::Open) => handler,
+            (Scope::All, Guard::Read) => {
+                handler.route_layer(middleware::from_fn_with_state(server.clone(), guard_read))
+            }
+            (Scope::All, Guard::Change) => {
+                handler.route_layer(middleware::from_fn_with_state(server.clone(), guard_mutation))
+            }
+        };
+        all = all.route(path, handler);
+    }
     all.fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path; GET / lists them") })
         .method_not_allowed_fallback(|| async {
             Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method; GET / lists what there is")
@@ -273,6 +334,15 @@ async fn reload(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
         ReloadOutcome::Refused => StatusCode::UNPROCESSABLE_ENTITY,
     };
     Ok(pretty(status, &serde_json::to_value(&*report).expect("a report has string keys only")))
+}
+
+async fn upgrade(Shared(server): Shared<Server>) -> Result<Response, Refusal> {
+    let report = answer(server.state.control.upgrade()).await?;
+    let status = match report.outcome {
+        UpgradeOutcome::Upgraded => StatusCode::OK,
+        UpgradeOutcome::Failed => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    Ok(pretty(status, &serde_json::to_value(&report).expect("a report has string keys only")))
 }
 
 #[derive(Debug, serde::Deserialize)]

@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 /// What a browser may do with the page: run the one script and the one style whose SHA-256 stand here, and call the admin
 /// API that it came from. Nothing may frame it: its buttons drain production. A test says what the hashes must be.
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-dbg0ba9M0YCIKzCUqTCn967R44wq3hupxtZUpgW0Evc='; \
-    style-src 'sha256-sM32ZxzkM5kH22wApIwJ7EeczEeAAO52Tf/dNcPYytA='; \
+    script-src 'sha256-c/JWWlKiK67C8GiWjI7fvxoY1cbrLgk3T0fFsm/BI3c='; \
+    style-src 'sha256-y/bALihY4dZe+y4/4ZJS3vzRX1zjb1letBJlFUoj984='; \
     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("page/style.css");

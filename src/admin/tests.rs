@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::config::AdminBind;
-use crate::control::{self, Command, ReloadReport, SetAdminReply};
+use crate::control::{self, Command, ReloadReport, SetAdminReply, UpgradeReport};
 
 struct Served {
     address: AdminBind,
@@ -69,6 +69,17 @@ fn served(bind: &str, access: Access) -> Served {
     served_by(announce::parse(bind).unwrap(), access, Scope::All, played_control())
 }
 
+fn upgraded() -> UpgradeReport {
+    UpgradeReport {
+        outcome: UpgradeOutcome::Upgraded,
+        pid: 4711,
+        version: "0.2.0".to_owned(),
+        open: 3,
+        errors: Vec::new(),
+        duration_ms: 48.6,
+    }
+}
+
 /// A control thread that refuses every second reload, beginning with the second.
 fn played_control() -> Handle {
     let (handle, mut commands) = control::channel();
@@ -76,6 +87,7 @@ fn played_control() -> Handle {
         let mut reloads = 0;
         while let Some(command) = commands.recv().await {
             match command {
+                Command::Upgrade(reply) => drop(reply.send(upgraded())),
                 Command::Reload(trigger, reply) => {
                     reloads += 1;
                     let _ = reply.send(Arc::new(report(trigger, reloads % 2 == 0)));
@@ -333,10 +345,133 @@ async fn probes_answer_while_the_control_thread_is_stuck() {
     admin.probes.set_stopping();
     assert_eq!(get("/readyz").await, (503, "stopping\n".to_owned()));
     assert_eq!(get("/livez").await, (200, "ok\n".to_owned()));
-    for path in ["/config", "/status", "/"] {
-        assert_eq!(get(path).await.0, 404, "{path} isn't for the network");
+    admin.stop().await;
+}
+
+/// A path as it may be asked for.
+fn concrete(path: &str) -> String {
+    let parts = [
+        ("{pool}", "ingress"),
+        ("{order}", "drain"),
+        ("{address}", "%5B2001:db8::1%5D:80"),
+        ("{id}", "01KAGY7W9K3W5T8Q4R2M6N0PZX"),
+        ("/log", "/log?level=debug"),
+    ];
+    let path = parts.iter().fold(path.to_owned(), |path, (part, value)| path.replace(part, value));
+    assert!(!path.contains('{'), "{path}: the test does not know what to ask for");
+    path
+}
+
+/// The status that a request gets. A stream has no end, so no more than the head is read.
+async fn status_of(admin: &Served, request: &str) -> u16 {
+    let request = format!("{}\nConnection: close\n\n", request.trim_end()).replace('\n', "\r\n");
+    let mut head = String::new();
+    match &admin.address {
+        AdminBind::Tcp(_) => read_status(TcpStream::connect(admin.tcp()).await.unwrap(), &request, &mut head).await,
+        AdminBind::Unix(path) => read_status(UnixStream::connect(path).await.unwrap(), &request, &mut head).await,
     }
-    assert_eq!(admin.ask("POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1").await.0, 404);
+    head.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+async fn read_status(mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin, request: &str, head: &mut String) {
+    stream.write_all(request.as_bytes()).await.unwrap();
+    while !head.contains("\r\n") {
+        let mut part = [0; 256];
+        let count = stream.read(&mut part).await.unwrap();
+        assert!(count > 0, "{request} got {head:?}");
+        head.push_str(&String::from_utf8_lossy(&part[..count]));
+    }
+}
+
+/// What a caller leaves out or gets wrong.
+const CALLERS: [(&str, &str); 7] = [
+    ("right", "Host: 127.0.0.1:9900\nX-Preface: 1\nAuthorization: Bearer s3cret"),
+    ("without a token", "Host: 127.0.0.1:9900\nX-Preface: 1"),
+    ("with another token", "Host: 127.0.0.1:9900\nX-Preface: 1\nAuthorization: Bearer guess"),
+    ("a form of a web page", "Host: 127.0.0.1:9900\nAuthorization: Bearer s3cret"),
+    (
+        "a page elsewhere",
+        "Host: 127.0.0.1:9900\nX-Preface: 1\nAuthorization: Bearer s3cret\nOrigin: http://evil.example",
+    ),
+    ("a name that was rebound", "Host: evil.example\nX-Preface: 1\nAuthorization: Bearer s3cret"),
+    ("a rebound page", "Host: evil.example\nX-Preface: 1\nAuthorization: Bearer s3cret\nOrigin: http://evil.example"),
+];
+
+/// Who is let in: for each way in and each caller, `.` open, `r` read, `c` change.
+const LET_IN: [(&str, [&str; 7]); 6] = [
+    ("loopback", [".rc", ".rc", ".rc", ".r", ".r", ".", "."]),
+    ("loopback, token", [".rc", ".r", ".r", ".r", ".r", ".", "."]),
+    ("network, token", [".rc", ".", ".", ".r", ".r", ".r", ".r"]),
+    ("network, no token", [".", ".", ".", ".", ".", ".", "."]),
+    ("unix", [".rc", ".rc", ".rc", ".r", ".r", ".rc", ".r"]),
+    ("unix, token", [".rc", ".r", ".r", ".r", ".r", ".rc", ".r"]),
+];
+
+/// Every route there is, those of tomorrow included, against everyone who may call.
+#[tokio::test]
+async fn each_route_lets_in_whom_its_guard_lets_in() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("token");
+    std::fs::write(&file, "s3cret\n").unwrap();
+    let socket = |name: &str| format!("unix:{}/{name}", directory.path().display());
+    for (place, callers) in LET_IN {
+        let bind = match place.split(',').next().unwrap() {
+            "loopback" => "127.0.0.1:0".to_owned(),
+            "network" => "0.0.0.0:0".to_owned(),
+            _ => socket(&place.replace(", ", "-")),
+        };
+        let token_file = place.ends_with(", token").then(|| file.clone());
+        let admin = served(&bind, Access { token_file, ..Access::default() });
+        for ((caller, headers), let_in) in CALLERS.into_iter().zip(callers) {
+            for Route { path, method, guard, .. } in routes() {
+                let status = status_of(&admin, &format!("{method} {} HTTP/1.1\n{headers}", concrete(path))).await;
+                let is_in = let_in.contains(match guard {
+                    Guard::Open => '.',
+                    Guard::Read => 'r',
+                    Guard::Change => 'c',
+                });
+                let what = format!("{place}: {method} {path}, {caller}: {status}");
+                // 422: the played control thread refuses every second reload. 503: not ready.
+                assert_eq!(is_in, [200, 422, 503].contains(&status), "{what}");
+                assert_eq!(!is_in, [401, 403].contains(&status), "{what}");
+            }
+        }
+        admin.stop().await;
+    }
+}
+
+#[test]
+fn what_is_no_get_is_a_change_and_the_list_of_paths_is_whole() {
+    for Route { path, method, guard, .. } in routes() {
+        assert_eq!(guard == Guard::Change, method != Method::GET, "{path}");
+        let shown = path.replace("{id}", "ID").replace("{pool}", "POOL").replace("{address}", "ADDRESS");
+        let shown = shown.replace("/{order}", "/drain");
+        let listed = INDEX.lines().any(|line| line.starts_with(method.as_str()) && line.contains(&shown));
+        assert!(listed || path == "/", "GET / does not name {method} {path}");
+    }
+}
+
+#[tokio::test]
+async fn on_the_probes_address_is_nothing_but_probes() {
+    let (control, mut commands) = control::channel();
+    tokio::spawn(async move {
+        while let Some(command) = commands.recv().await {
+            let Command::Metrics(reply) = command else { panic!("a probe asks for nothing but metrics") };
+            let _ = reply.send(String::new());
+        }
+    });
+    let admin = served_by(announce::parse("0.0.0.0:0").unwrap(), Access::default(), Scope::Probes, control);
+    let mut open = Vec::new();
+    for Route { path, .. } in routes() {
+        for method in [Method::GET, Method::POST, Method::DELETE, Method::PUT] {
+            let request = format!("{method} {} HTTP/1.1\nHost: pod.example\nX-Preface: 1", concrete(path));
+            match (status_of(&admin, &request).await, &method) {
+                (200 | 503, &Method::GET) => open.push(path),
+                (status, _) => assert!([404, 405].contains(&status), "{request}: {status}"),
+            }
+        }
+    }
+    assert_eq!(open, ["/livez", "/readyz", "/metrics"]);
     admin.stop().await;
 }
 

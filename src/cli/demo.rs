@@ -55,7 +55,7 @@ pub fn run(_: Args) -> anyhow::Result<()> {
         Err(error) => eprintln!("preface demo: {error:#}; the balancer runs on until Ctrl-C"),
     })?;
     // Returns on Ctrl-C; `scene` removes its directory when it is dropped, whatever the outcome.
-    crate::server::run(file)
+    crate::server::run(file, None)
 }
 
 /// Where everything listens, on 127.0.0.1.

@@ -14,6 +14,7 @@ pub mod reload;
 pub mod run;
 pub mod schema;
 pub mod top;
+pub mod upgrade;
 pub mod whoami;
 
 use std::io::{self, Write};
@@ -51,6 +52,7 @@ enum Command {
     Doctor(doctor::Args),
     Top(top::Args),
     Reload(reload::Args),
+    Upgrade(upgrade::Args),
     Drain(order::DrainArgs),
     Disable(order::DisableArgs),
     Enable(order::EnableArgs),
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Top(args) => top::run(args),
         Command::Reload(args) => reload::run(args),
+        Command::Upgrade(args) => upgrade::run(args),
         Command::Drain(args) => order::drain(args),
         Command::Disable(args) => order::disable(args),
         Command::Enable(args) => order::enable(args),

@@ -2,13 +2,18 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context as _;
+
+use crate::server::upgrade::Program;
+
 /// Serve a configuration file until told to stop
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 The file is watched: a change applies at once and to new connections; a file with errors changes
 nothing. The log goes to standard output.
 
-Signals: HUP loads the file again, TERM and INT stop gracefully, a second one stops at once.
+Signals: HUP loads the file again, USR2 upgrades (see `preface upgrade --help`), TERM and INT stop
+gracefully, a second one stops at once.
 
 Examples:
   preface run --config ./preface.toml
@@ -21,5 +26,6 @@ pub struct Args {
 
 /// Serves.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    crate::server::run(args.config)
+    let program = Program::of_this_process().context("cannot find out which program this is; is /proc mounted?");
+    crate::server::run(args.config, Some(program?))
 }

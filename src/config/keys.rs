@@ -299,7 +299,7 @@ static POOL: Table = Table {
     keys: &[
         key(
             "balance",
-            Kind::Word { now: &["round_robin", "least_connections", "random_two"], later: &["source_hash"] },
+            Kind::Word { now: &["round_robin", "least_connections", "random_two", "source_hash"], later: &[] },
             Default::Text("round_robin"),
             "How the upstream of a new connection is chosen.",
         ),

@@ -287,6 +287,8 @@ pub enum Balance {
     LeastConnections,
     /// The less loaded of two at random.
     RandomTwo,
+    /// By the client's address: Maglev.
+    SourceHash,
 }
 
 /// `on_unhealthy`

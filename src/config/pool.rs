@@ -67,6 +67,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
         balance: match section.word("balance") {
             "least_connections" => Balance::LeastConnections,
             "random_two" => Balance::RandomTwo,
+            "source_hash" => Balance::SourceHash,
             _ => Balance::RoundRobin,
         },
         udp_header: match section.word("udp_header") {

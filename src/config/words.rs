@@ -33,6 +33,7 @@ words! {
         Balance::RoundRobin => "round_robin",
         Balance::LeastConnections => "least_connections",
         Balance::RandomTwo => "random_two",
+        Balance::SourceHash => "source_hash",
     }
     Protocol { Protocol::Tcp => "tcp", Protocol::Udp => "udp" }
     HeaderFormat { HeaderFormat::V1 => "v1", HeaderFormat::V2 => "v2", HeaderFormat::Spp => "spp" }

@@ -8,15 +8,16 @@ use std::time::Duration;
 use crate::metrics::latency::{Buckets, Fine};
 use crate::pool::UpstreamLife;
 
-/// What is measured once for each connection that reached an upstream.
-#[derive(Clone, Copy, Debug)]
+/// What is measured once for each connection that reached an upstream; each as soon as it is known, because a connection
+/// may stay for days.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// The connect that succeeded.
-    pub connect: Duration,
+    pub connect: Option<Duration>,
     /// From accept to the upstream's first byte, if there was one.
     pub first_byte: Option<Duration>,
     /// From accept to the end.
-    pub duration: Duration,
+    pub duration: Option<Duration>,
 }
 
 /// Distributions, in the order of `Times`.
@@ -52,11 +53,11 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// A connection to this upstream of this pool has ended.
+    /// Something is known of a connection to this upstream of this pool.
     pub fn record(&mut self, pool: &Arc<str>, life: &Arc<UpstreamLife>, times: Times) {
         let upstream = upstream(&mut self.upstreams, &mut self.pools, pool, life);
         let pool = &mut self.pools[upstream.pool];
-        let all = [Some(times.connect), times.first_byte, Some(times.duration)];
+        let all = [times.connect, times.first_byte, times.duration];
         for (index, duration) in all.into_iter().enumerate() {
             if let Some(duration) = duration {
                 upstream.times[index].record(duration);
@@ -122,7 +123,7 @@ mod tests {
     use std::net::SocketAddr;
 
     fn times(milliseconds: u64) -> Times {
-        let duration = Duration::from_millis(milliseconds);
+        let duration = Some(Duration::from_millis(milliseconds));
         Times { connect: duration, first_byte: None, duration }
     }
 

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use ulid::Ulid;
 
 use super::Shared;
-use super::measured::Times;
+use super::measured::{Measured, Times};
 use crate::address::{Address, Client};
 use crate::config::{HeaderFormat, LogConnections};
 use crate::control::view::{self, Filter};
@@ -85,6 +85,7 @@ pub(super) struct Entry {
     folded_out: Cell<u64>,
     started: Instant,
     first_byte: Cell<Option<Duration>>,
+    is_first_byte_measured: Cell<bool>,
     answer: Cell<Answer>,
     has_header: Cell<bool>,
     ended: Cell<Option<(Termination, Duration)>>,
@@ -146,6 +147,21 @@ impl Entry {
         if let Some(upstream) = &*self.upstream.borrow() {
             upstream.counters.bytes_in.fetch_add(bytes_in, Ordering::Relaxed);
             upstream.counters.bytes_out.fetch_add(bytes_out, Ordering::Relaxed);
+        }
+    }
+
+    /// Not in the moment it comes: that one belongs to the client.
+    pub(super) fn measure_first_byte(&self, measured: &mut Measured) {
+        if self.first_byte.get().is_none() || self.is_first_byte_measured.replace(true) {
+            return;
+        }
+        let times = Times { first_byte: self.first_byte.get(), ..Times::default() };
+        self.measure(measured, times);
+    }
+
+    fn measure(&self, measured: &mut Measured, times: Times) {
+        if let (Some(pool), Some(life)) = (&*self.pool.borrow(), &*self.upstream.borrow()) {
+            measured.record(pool, life, times);
         }
     }
 
@@ -239,6 +255,7 @@ impl Record {
             folded_out: Cell::default(),
             started: Instant::now(),
             first_byte: Cell::default(),
+            is_first_byte_measured: Cell::default(),
             answer: Cell::default(),
             has_header: Cell::default(),
             ended: Cell::default(),
@@ -264,6 +281,11 @@ impl Record {
         }
         tracing::debug!(event = "accept", id = %record.ulid(), listener = &*listener.name, %client);
         record
+    }
+
+    /// Who connected.
+    pub(super) fn client(&self) -> Client {
+        self.entry.client
     }
 
     /// Replaces a wildcard by the address that the client connected to.
@@ -298,6 +320,8 @@ impl Record {
     /// The upstream was connected to in this time, and has the header.
     pub(super) fn introduced(&mut self, connect_time: Duration, format: Option<HeaderFormat>) {
         self.connect = Some(connect_time);
+        let times = Times { connect: self.connect, ..Times::default() };
+        self.entry.measure(&mut self.shared.measured.borrow_mut(), times);
         self.header = Some(format.map_or("off", HeaderFormat::as_str));
         if let Some(format) = format {
             self.entry.has_header.set(true);
@@ -322,7 +346,12 @@ impl Record {
         self.ended = true;
         let listener = &self.entry.listener;
         let duration = self.entry.started.elapsed();
-        self.measure(duration);
+        if self.connect.is_some() {
+            let is_measured = self.entry.is_first_byte_measured.replace(true);
+            let first_byte = self.entry.first_byte.get().filter(|_| !is_measured);
+            let times = Times { connect: None, first_byte, duration: Some(duration) };
+            self.entry.measure(&mut self.shared.measured.borrow_mut(), times);
+        }
         self.judge(termination, duration);
         // It may be looked at for a while, but nobody wakes it any more.
         self.entry.ended.set(Some((termination, duration)));
@@ -346,16 +375,6 @@ impl Record {
         }
         tracing::debug!(event = "end", id = %self.ulid(), end = %termination);
         self.open = None;
-    }
-
-    /// Once a connection, in memory of this worker alone.
-    fn measure(&self, duration: Duration) {
-        if let (Some(connect), Some(pool)) = (self.connect, &*self.entry.pool.borrow())
-            && let Some(life) = &*self.entry.upstream.borrow()
-        {
-            let times = Times { connect, first_byte: self.entry.first_byte.get(), duration };
-            self.shared.measured.borrow_mut().record(pool, life, times);
-        }
     }
 
     /// Did the upstream take the header?

@@ -2,6 +2,7 @@
 
 pub mod udp;
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -10,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
@@ -40,9 +42,28 @@ pub struct Acceptor {
     pub slot: usize,
     /// Notified when the address is no longer served.
     pub retire: Notify,
+    /// Set before: another process goes on accepting from this very socket.
+    pub handed_over: Cell<bool>,
 }
 
-/// Accepts until retired, then serves what was queued and closes.
+/// Another descriptor of a listener's socket.
+pub struct Lent {
+    /// Under which its listener stands in the snapshot.
+    pub slot: usize,
+    /// What the socket is bound to.
+    pub bound: Address,
+    /// The descriptor.
+    pub socket: Socket,
+}
+
+impl Acceptor {
+    /// Another descriptor of the socket.
+    pub fn lend(&self) -> io::Result<Lent> {
+        Ok(Lent { slot: self.slot, bound: self.bound.clone(), socket: self.listening.lend()? })
+    }
+}
+
+/// Accepts until retired, then serves what was queued and closes. A socket that was handed over is left as it is.
 pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<Listener>) {
     let mut is_short = false;
     loop {
@@ -68,6 +89,10 @@ pub async fn run(shared: Rc<Shared>, acceptor: Rc<Acceptor>, mut listener: Arc<L
                 sleep(SHORTAGE_REST).await;
             }
         }
+    }
+    if acceptor.handed_over.get() {
+        // What is queued is the other process's, and so are the handshakes.
+        return;
     }
     match acceptor.at {
         At::Ip { .. } => {

@@ -23,6 +23,7 @@ use tokio::time::{Sleep, sleep_until};
 use self::group::{Groups, Piece, pieces};
 use self::replies::Replies;
 use self::session::{Retained, Session};
+use super::Lent;
 use crate::config::{Bind, IpBind, LogConnections, Protocol};
 use crate::connection::{Shared, new_id};
 use crate::log;
@@ -37,6 +38,8 @@ use crate::termination::{DropReason, Termination};
 
 /// A socket that is no longer wanted goes on for this long: requests under way get their answers.
 const CLOSING_GRACE: Duration = Duration::from_millis(300);
+/// Sessions whose socket another process reads now still get replies for this long.
+const HANDED_OVER_GRACE: Duration = Duration::from_secs(10);
 /// First datagrams up to this length are kept until the upstream has answered.
 const RETAINED_BYTES_MAX: usize = 2_048;
 /// All of them together, of one socket.
@@ -96,6 +99,8 @@ enum Closing {
     Draining,
     /// No new sessions, and those still open end then.
     Until(Instant),
+    /// Another process reads the socket. Replies still leave through it, until then.
+    HandedOver(Instant),
 }
 
 impl Udp {
@@ -143,14 +148,31 @@ impl Udp {
 
     /// Answers what is under way for a moment, then ends.
     pub fn retire(&self) {
-        self.core.borrow_mut().closing = Closing::Until(Instant::now() + CLOSING_GRACE);
-        self.changed.notify_one();
+        self.close(Closing::Until(Instant::now() + CLOSING_GRACE));
     }
 
     /// Opens no session any more, and ends with the last one.
     pub fn drain(&self) {
-        self.core.borrow_mut().closing = Closing::Draining;
-        self.changed.notify_one();
+        self.close(Closing::Draining);
+    }
+
+    /// Reads nothing any more, from now on: another process does. Replies are passed on for a while.
+    pub fn hand_over(&self) {
+        self.close(Closing::HandedOver(Instant::now() + HANDED_OVER_GRACE));
+    }
+
+    /// Another descriptor of the socket; `None`: it is on its way out.
+    pub fn lend(&self) -> Option<io::Result<Lent>> {
+        let serves = self.core.borrow().closing == Closing::No;
+        serves.then(|| Ok(Lent { slot: self.slot, bound: self.bound.into(), socket: self.socket.lend()? }))
+    }
+
+    fn close(&self, closing: Closing) {
+        let core = &mut *self.core.borrow_mut();
+        if !matches!(core.closing, Closing::HandedOver(_)) {
+            core.closing = closing;
+            self.changed.notify_one();
+        }
     }
 
     /// Ends sessions: those of one upstream, or all.
@@ -186,7 +208,9 @@ impl Udp {
                 }
             });
             if over.await {
-                return self.end(None, Termination::ListenerRemoved);
+                let is_handed_over = matches!(self.core.borrow().closing, Closing::HandedOver(_));
+                let why = if is_handed_over { Termination::HandedOver } else { Termination::ListenerRemoved };
+                return self.end(None, why);
             }
             turns += 1;
             if turns % TURNS_MAX == 0 {
@@ -200,8 +224,8 @@ impl Udp {
         let core = &mut *self.core.borrow_mut();
         loop {
             let closes = match core.closing {
-                Closing::Until(at) if at <= Instant::now() => return true,
-                Closing::Until(at) => Some(at),
+                Closing::Until(at) | Closing::HandedOver(at) if at <= Instant::now() => return true,
+                Closing::Until(at) | Closing::HandedOver(at) => Some(at),
                 _ => None,
             };
             if core.closing != Closing::No && core.table.is_empty() {
@@ -236,6 +260,9 @@ impl Udp {
 
     /// One batch of clients' datagrams, if there are any.
     fn receive(&self, cx: &mut Context<'_>) -> bool {
+        if matches!(self.core.borrow().closing, Closing::HandedOver(_)) {
+            return false;
+        }
         let buffers = &mut *self.buffers.borrow_mut();
         match self.socket.poll_receive(cx, &mut buffers.batch) {
             Poll::Ready(Ok(())) => {

@@ -1,13 +1,13 @@
 //! Durations as their distribution: fixed buckets, cheap enough for each upstream, and fine histograms for each pool.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// Upper bounds of the buckets in microseconds; one more bucket holds what is above.
-pub const BOUNDS_US: [u64; 20] = [
+/// Upper bounds of the buckets that Prometheus gets, in microseconds; one more holds what is above.
+const SHOWN_US: [u64; 20] = [
     100,
     250,
     500,
@@ -29,6 +29,25 @@ pub const BOUNDS_US: [u64; 20] = [
     300_000_000,
     3_600_000_000,
 ];
+
+/// Upper bounds of the buckets in microseconds: ten for each power of ten from 0.1 ms to 10 s, and all of `SHOWN_US`.
+const BOUNDS_US: [u64; 55] = bounds();
+
+const fn bounds() -> [u64; 55] {
+    const TENTHS: [u64; 10] = [100, 125, 160, 200, 250, 315, 400, 500, 630, 800];
+    const LONG: [u64; 5] = [10_000_000, 30_000_000, 60_000_000, 300_000_000, 3_600_000_000];
+    let mut bounds = [0; 55];
+    let mut index = 0;
+    while index < 50 {
+        bounds[index] = TENTHS[index % 10] * 10_u64.pow(index as u32 / 10);
+        index += 1;
+    }
+    while index < 55 {
+        bounds[index] = LONG[index - 50];
+        index += 1;
+    }
+    bounds
+}
 
 /// The bounds shown for waits of the network: 0.1 ms to 10 s.
 pub const WAITS: Range<usize> = 0..16;
@@ -59,11 +78,17 @@ pub struct Percentiles {
 }
 
 /// Durations by bucket, with their sum and the longest.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Buckets {
     counts: [u64; BOUNDS_US.len() + 1],
     sum_us: u64,
     max_us: u64,
+}
+
+impl Default for Buckets {
+    fn default() -> Buckets {
+        Buckets { counts: [0; BOUNDS_US.len() + 1], sum_us: 0, max_us: 0 }
+    }
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -104,11 +129,21 @@ impl Buckets {
     /// Upper bounds in seconds, each with the count of what took no longer.
     pub fn cumulative(&self, shown: Range<usize>) -> impl Iterator<Item = (f64, u64)> {
         let mut total = 0;
-        let sums = BOUNDS_US.iter().zip(self.counts).map(move |(bound, count)| {
+        let mut sums = BOUNDS_US.iter().zip(self.counts).map(move |(bound, count)| {
             total += count;
-            (*bound as f64 / 1e6, total)
+            (*bound, total)
         });
-        sums.skip(shown.start).take(shown.len())
+        SHOWN_US[shown].iter().map(move |shown| {
+            let (_, total) = sums.find(|(bound, _)| bound == shown).expect("what is shown is a bound");
+            (*shown as f64 / 1e6, total)
+        })
+    }
+
+    /// Lower bounds in microseconds, ascending, each with how many took longer, and no longer than the next bound; those
+    /// that there were.
+    pub fn counts(&self) -> Vec<(u64, u64)> {
+        let lower = std::iter::once(0).chain(BOUNDS_US);
+        lower.zip(self.counts).filter(|(_, count)| *count > 0).collect()
     }
 
     /// `None` if nothing was counted. Between the bounds of a bucket durations are taken to be spread evenly.
@@ -186,11 +221,34 @@ fn percentiles<C: hdrhistogram::Counter>(histogram: &Histogram<C>) -> Option<Per
     })
 }
 
+/// The buckets of an interval that is over: only what was seen, because most are empty.
+#[derive(Clone, Debug)]
+struct Closed {
+    /// By the index of the bucket.
+    counts: Vec<(u8, u32)>,
+    sum_us: u64,
+    max_us: u64,
+}
+
+impl Closed {
+    fn new(buckets: &Buckets) -> Closed {
+        let seen = buckets.counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        let counts = seen.map(|(index, count)| (index as u8, u32::try_from(*count).unwrap_or(u32::MAX))).collect();
+        Closed { counts, sum_us: buckets.sum_us, max_us: buckets.max_us }
+    }
+
+    fn add_to(&self, sum: &mut Buckets) {
+        self.counts.iter().for_each(|(index, count)| sum.counts[usize::from(*index)] += u64::from(*count));
+        sum.sum_us += self.sum_us;
+        sum.max_us = sum.max_us.max(self.max_us);
+    }
+}
+
 /// Durations by time, coarse: this interval, the last minute, and since the start.
 #[derive(Clone, Debug, Default)]
 pub struct CoarseTrack {
     interval: Buckets,
-    minute: VecDeque<Buckets>,
+    minute: VecDeque<Closed>,
     total: Buckets,
 }
 
@@ -205,7 +263,7 @@ impl CoarseTrack {
     pub fn close(&mut self) -> Option<Percentiles> {
         let interval = std::mem::take(&mut self.interval);
         let percentiles = interval.percentiles();
-        self.minute.push_back(interval);
+        self.minute.push_back(Closed::new(&interval));
         if self.minute.len() > MINUTE_INTERVALS {
             self.minute.pop_front();
         }
@@ -214,9 +272,29 @@ impl CoarseTrack {
 
     /// Of the last minute, and of the interval that has begun.
     pub fn last_minute(&self) -> Option<Percentiles> {
-        let mut sum = self.interval.clone();
-        self.minute.iter().for_each(|interval| sum.merge(interval));
-        sum.percentiles()
+        self.recent(self.minute.len())[0].percentiles()
+    }
+
+    /// How many closed intervals make up so many durations together with the one that has begun.
+    pub fn closed_for(&self, count: u64, closed: RangeInclusive<usize>) -> usize {
+        let (fewest, most) = closed.into_inner();
+        let mut sum = self.interval.count();
+        for (age, interval) in self.minute.iter().rev().enumerate() {
+            if age >= most || age >= fewest && sum >= count {
+                return age;
+            }
+            sum += interval.counts.iter().map(|(_, count)| u64::from(*count)).sum::<u64>();
+        }
+        self.minute.len()
+    }
+
+    /// The interval that has begun with so many closed ones before it; and what was before those, in the last minute.
+    pub fn recent(&self, closed: usize) -> [Buckets; 2] {
+        let (mut recent, mut before) = (self.interval.clone(), Buckets::default());
+        for (age, interval) in self.minute.iter().rev().enumerate() {
+            interval.add_to(if age < closed { &mut recent } else { &mut before });
+        }
+        [recent, before]
     }
 
     /// Of all that was ever added.
@@ -299,6 +377,35 @@ mod tests {
         assert_eq!(waits.last(), Some(&(10.0, 3)));
         assert_eq!(buckets.cumulative(LIFETIMES).next(), Some((0.001, 3)));
         assert_eq!(buckets.cumulative(LIFETIMES).last(), Some((3600.0, 4)), "a day and more is above all bounds");
+    }
+
+    #[test]
+    fn what_is_shown_is_among_the_bounds_and_they_ascend() {
+        assert!(BOUNDS_US.windows(2).all(|pair| pair[0] < pair[1]), "{BOUNDS_US:?}");
+        assert!(SHOWN_US.iter().all(|shown| BOUNDS_US.contains(shown)));
+        assert_eq!((BOUNDS_US[9], BOUNDS_US[10], BOUNDS_US[49]), (800, 1_000, 8_000_000));
+    }
+
+    #[test]
+    fn what_is_recent_and_what_was_before_are_told_apart() {
+        let mut track = CoarseTrack::default();
+        for milliseconds in [1, 20, 300] {
+            let mut one = Buckets::default();
+            one.record(ms(milliseconds));
+            track.add(&one);
+            if milliseconds < 300 {
+                track.close();
+            }
+        }
+        let seen = |closed| {
+            let [recent, before] = track.recent(closed);
+            (recent.counts(), before.counts())
+        };
+        assert_eq!(seen(0), (vec![(250_000, 1)], vec![(800, 1), (16_000, 1)]));
+        assert_eq!(seen(1), (vec![(16_000, 1), (250_000, 1)], vec![(800, 1)]));
+        assert_eq!(seen(9), (vec![(800, 1), (16_000, 1), (250_000, 1)], vec![]));
+        let closed = [(1, 0..=6), (2, 0..=6), (1, 1..=6), (9, 0..=6), (9, 0..=1)];
+        assert_eq!(closed.map(|(count, range)| track.closed_for(count, range)), [0, 1, 1, 2, 1]);
     }
 
     #[test]

@@ -141,6 +141,12 @@ fn address_of(address: &SockAddr) -> Option<Address> {
 }
 
 impl Inherited {
+    /// Sockets that came in another way, in their order.
+    pub fn of(sockets: Vec<(String, OwnedFd)>) -> Inherited {
+        let inherited = |(name, fd)| InheritedSocket { name, kind: kind_of(&fd), fd };
+        Inherited { sockets: sockets.into_iter().map(inherited).collect(), reason: None }
+    }
+
     /// All, in the order in which they were handed over.
     pub fn sockets(&self) -> &[InheritedSocket] {
         &self.sockets

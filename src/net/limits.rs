@@ -65,6 +65,7 @@ const PIPES_MAX: usize = 128;
 
 /// More workers than this bring nothing to one address's accept queue.
 pub const WORKERS_MAX: usize = 16;
+
 /// Processor time of the calling thread since it started.
 pub fn thread_time() -> Duration {
     clock(ClockId::ThreadCPUTime)
@@ -73,6 +74,11 @@ pub fn thread_time() -> Duration {
 /// Processor time of the process since it started.
 pub fn process_time() -> Duration {
     clock(ClockId::ProcessCPUTime)
+}
+
+/// What `CLOCK_MONOTONIC` shows.
+pub fn monotonic_time() -> Duration {
+    clock(ClockId::Monotonic)
 }
 
 fn clock(id: ClockId) -> Duration {

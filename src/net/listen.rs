@@ -112,6 +112,11 @@ impl Listening {
         }
     }
 
+    /// Another descriptor of the same socket.
+    pub fn lend(&self) -> io::Result<Socket> {
+        self.socket.get_ref().try_clone()
+    }
+
     /// Connections accepted from now on use this keepalive; `None`: off. A UNIX socket needs none: its peer's end is
     /// known at once.
     pub fn set_keepalive(&self, keepalive: Option<Duration>) -> io::Result<()> {

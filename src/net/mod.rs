@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod datagram;
+pub mod handover;
 pub mod inherited;
 pub mod limits;
 pub mod listen;

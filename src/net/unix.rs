@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::Mode;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -17,13 +18,20 @@ const MODE: u32 = 0o660;
 pub struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
+    owned: AtomicBool,
 }
 
 impl SocketFile {
     /// The file that stands at this path now.
     pub fn of(path: &Path) -> io::Result<SocketFile> {
         let metadata = fs::symlink_metadata(path)?;
-        Ok(SocketFile { path: path.to_owned(), device_and_inode: (metadata.dev(), metadata.ino()) })
+        let device_and_inode = (metadata.dev(), metadata.ino());
+        Ok(SocketFile { path: path.to_owned(), device_and_inode, owned: AtomicBool::new(true) })
+    }
+
+    /// Does the file go away with this, or is it another process's, which has the socket, too?
+    pub fn set_owned(&self, owned: bool) {
+        self.owned.store(owned, Ordering::Relaxed);
     }
 
     /// Where it is.
@@ -34,6 +42,9 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        if !self.owned.load(Ordering::Relaxed) {
+            return;
+        }
         // The next process may have put its own socket there already.
         let is_ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_and_inode;
         if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
@@ -43,7 +54,7 @@ impl Drop for SocketFile {
 }
 
 /// Binds a path, for its owner and group alone. Nobody can connect before the socket listens. A stale file is replaced;
-/// one that somebody listens on, and what is no socket, are errors of the kind `AddrInUse`.
+/// one that somebody listens on is an error of the kind `AddrInUse`, and what is no socket one of `AlreadyExists`.
 pub fn bind(path: &Path) -> io::Result<(Socket, SocketFile)> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
     // The file inherits the socket's own mode, less the umask: so it never has more than it should.
@@ -61,14 +72,19 @@ pub fn bind(path: &Path) -> io::Result<(Socket, SocketFile)> {
     Ok((socket, file))
 }
 
+/// Is there a socket's file?
+pub fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket())
+}
+
 /// Removes the file of a process that is gone. Only a refused connection proves that; what is no socket is never removed.
 fn remove_stale(path: &Path) -> io::Result<()> {
-    let in_use = |what| Err(io::Error::new(io::ErrorKind::AddrInUse, what));
+    let other = |what| Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
     let kind = fs::symlink_metadata(path)?.file_type();
     match () {
         () if kind.is_socket() => {}
-        () if kind.is_dir() => return in_use("it is a directory"),
-        () => return in_use("the file exists and is not a socket"),
+        () if kind.is_dir() => return other("it is a directory"),
+        () => return other("the file exists and is not a socket"),
     }
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     // A live listener with a full backlog would block us; like this it says EAGAIN.
@@ -76,7 +92,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     match socket.connect(&SockAddr::unix(path)?) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
-        _ => in_use("another process listens there"),
+        _ => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
     }
 }
 

@@ -132,6 +132,11 @@ impl UpstreamLife {
         rejection::is_suspicious(in_a_row, self.has_answered.load(Ordering::Relaxed)).then_some((in_a_row, last))
     }
 
+    /// Has it answered a connection, with the header that it gets now?
+    pub fn has_answered(&self) -> bool {
+        self.has_answered.load(Ordering::Relaxed)
+    }
+
     /// It gets another header from now on.
     pub fn forget_answers(&self) {
         self.has_answered.store(false, Ordering::Relaxed);

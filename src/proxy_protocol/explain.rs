@@ -77,7 +77,7 @@ pub fn facts(header: &Header) -> Vec<(String, String)> {
     let nothing = "not named: the connection's own addresses count".to_owned();
     match (&header.addresses, header.command) {
         (_, Command::Local) => {
-            let why = "LOCAL: the sender speaks for itself (a health check); the connection's own addresses count";
+            let why = "LOCAL: the sender speaks for itself (a health check, or a client without an address); the connection's own addresses count";
             facts.push(fact("command", why.to_owned()));
         }
         (Addresses::Unknown | Addresses::Skipped { .. }, Command::Proxy) => facts.push(fact("client", nothing)),

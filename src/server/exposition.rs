@@ -16,6 +16,7 @@ use crate::metrics::latency::{self, Buckets};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{AdminState, Health, Upstream, UpstreamKey};
+use crate::server::slowness::Phase;
 use crate::server::state::State;
 use crate::server::status::Usage;
 use crate::snapshot::{ListenerLife, Moved, SessionCounters, Snapshot};
@@ -282,6 +283,16 @@ impl State {
         );
         for Labelled { pool, address, key, .. } in upstreams {
             suspected.sample(&[("pool", pool), ("upstream", address)], self.suspicions.contains_key(key));
+        }
+        let mut slow = families.gauge(
+            "preface_upstream_slow",
+            "1 while the upstream is clearly slower than its siblings and than it was before: see the log or the status.",
+        );
+        for Labelled { pool, address, key, .. } in upstreams {
+            for phase in Phase::ALL {
+                let labels = [("pool", *pool), ("upstream", address.as_str()), ("phase", phase.as_str())];
+                slow.sample(&labels, self.slow.of(key).is_some_and(|(slow, _)| slow == phase));
+            }
         }
         let mut health =
             families.gauge("preface_upstream_health", "1 for the health that checks observed, 0 for the others.");

@@ -12,6 +12,7 @@ use crate::connection::measured::{KINDS, Measured, OfUpstream};
 use crate::health::Checker;
 use crate::metrics::latency::{Buckets, CoarseTrack, FineTrack, Percentiles};
 use crate::pool::UpstreamKey;
+use crate::server::speed::{SAMPLES_MIN, WINDOW_INTERVALS_MAX};
 use crate::snapshot::{Inputs, ListenerLife};
 use crate::termination::Termination;
 
@@ -356,6 +357,15 @@ impl History {
         let both = |track: &CoarseTrack| (track.last_minute(), track.total().percentiles());
         let [connect, first_byte, duration] = upstream.times.each_ref().map(both);
         latency([connect, first_byte, duration, both(&upstream.checks)])
+    }
+
+    /// What an upstream's connections took in the last seconds, and in the minute before. Longer than half an interval,
+    /// because a moment says nothing, and as far back as there are enough of them.
+    pub fn recent(&self, key: &UpstreamKey, kind: usize, now: Instant) -> [Buckets; 2] {
+        let Some(upstream) = self.upstreams.get(key) else { return Default::default() };
+        let is_young = now.duration_since(self.sampled) < INTERVAL / 2;
+        let closed = upstream.times[kind].closed_for(SAMPLES_MIN, usize::from(is_young)..=WINDOW_INTERVALS_MAX);
+        upstream.times[kind].recent(closed)
     }
 
     /// Percentiles of reloads.

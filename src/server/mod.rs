@@ -1,15 +1,21 @@
 //! The control thread: it starts everything, is the one writer of the snapshot, and ends everything.
 
 pub mod watch;
+mod admin_side;
 mod exposition;
 mod history;
 mod look;
 mod names;
+mod notify;
+mod problems;
 mod reload;
+mod slowness;
 mod sockets;
+pub mod speed;
 mod state;
 mod status;
 mod suspicion;
+pub mod upgrade;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -21,16 +27,15 @@ use arc_swap::ArcSwap;
 use tokio::runtime::LocalOptions;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
-use crate::admin::{self, Listener, announce};
+use crate::admin::{self, announce};
+use crate::config::Config;
 use crate::config::error::Style;
-use crate::config::{AdminBind, Config};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
 use crate::discovery::Discovery;
-use crate::drain::{OpenConnections, Stop, StopSource};
+use crate::drain::OpenConnections;
 use crate::log;
 use crate::net;
 use crate::net::inherited::{self, Inherited};
@@ -38,19 +43,28 @@ use crate::net::limits;
 use crate::snapshot::{Inputs, Snapshot};
 use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
+use admin_side::AdminSide;
 use history::History;
 use names::Names;
+use notify::Notifier;
+use slowness::SlowUpstreams;
 use state::{LogLevel, State};
+use upgrade::{Predecessor, Program, Taken};
 use watch::{ContentHash, Watch};
 
 /// Connections that are reset at the end have this long to be counted and logged.
 const LAST_RESETS: Duration = Duration::from_secs(1);
 
 /// Serves the configuration in `path` until told to stop. Errors are for a person: what, where, what to do.
+/// `program`: what an upgrade starts in this process's place; without one there is no upgrade.
 ///
 /// Called while the process has one thread: it takes the variables that tell of inherited sockets.
-pub fn run(path: PathBuf) -> anyhow::Result<()> {
-    let inherited = inherited::take();
+pub fn run(path: PathBuf, program: Option<Program>) -> anyhow::Result<()> {
+    let mut inherited = inherited::take();
+    let mut predecessor = Predecessor::of_this_process()?;
+    if let Some(predecessor) = &mut predecessor {
+        inherited = predecessor.take_inherited();
+    }
     let content = watch::read(&path).with_context(|| {
         format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
     })?;
@@ -58,31 +72,37 @@ pub fn run(path: PathBuf) -> anyhow::Result<()> {
     let log = log::init(parsed.config.log.format, &parsed.config.log.level)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let warnings = parsed.warnings.render(Style::Plain);
-    let outcome =
-        runtime.block_on(serve(path, parsed.config, text, warnings, ContentHash::of(&content), log.clone(), inherited));
+    let file = LoadedFile { path, text, warnings, hash: ContentHash::of(&content) };
+    let outcome = runtime.block_on(serve(file, parsed.config, log.clone(), inherited, program, predecessor));
     log.flush(Duration::from_secs(1));
     // A look at the file that hangs (NFS, a flood of file events) must not hold up the end of the process.
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(
+/// The configuration file as it was read at the start.
+struct LoadedFile {
     path: PathBuf,
-    config: Config,
     text: String,
     warnings: Vec<String>,
     hash: ContentHash,
+}
+
+async fn serve(
+    file: LoadedFile,
+    config: Config,
     log: log::Log,
     inherited: Inherited,
+    program: Option<Program>,
+    mut predecessor: Option<Predecessor>,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let (handle, mut commands) = control::channel();
-    let listener = admin::bind(&config.admin.bind)?;
-    let probe_bind = config.admin.probe_bind.map(AdminBind::Tcp);
-    let probe_listener = probe_bind.as_ref().map(admin::bind).transpose()?;
-    let mut state = start_state(&path, &config, log, handle, inherited)?;
-    (state.text, state.warnings) = (text, warnings);
-    let admin_bind = listener.address()?;
+    let admin = AdminSide::bind(&config.admin, predecessor.as_mut())?;
+    let admin_bind = admin.address()?;
+    let mut state = start_state(&file.path, &config, log, handle, inherited, admin)?;
+    (state.text, state.warnings) = (file.text, file.warnings);
+    (state.program, state.predecessor) = (program, predecessor);
     let mut config = config;
     tokio::select! {
         () = state.wait_for_first_answers(&config, &mut commands) => {}
@@ -92,14 +112,18 @@ async fn serve(
         }
     }
     state.resolve(&mut config);
-    state.apply(config).await.map_err(|errors| anyhow!("{}", errors.join("\n")))?;
+    let bound = state.bind(&config).map_err(|errors| anyhow!("{}", errors.join("\n")))?;
+    let taken = state.take_over(&config)?;
+    state.put_in_force(config, bound).await;
     state.probes.set_configured();
     state.probes.set_listening();
-    let (stop_source, stop) = StopSource::new();
-    let admin_task = start_admin(&state, listener, probe_listener, &stop);
-    let directory = announce::runtime_directory(std::env::var("RUNTIME_DIRECTORY").ok().as_deref());
-    let announcement = announce::announce(&directory, &admin_bind);
-    let (watch, watch_warnings) = Watch::start(&path, hash);
+    state.start_admin();
+    if let Some(taken) = &taken {
+        taken.serving()?;
+    }
+    state.own_socket_files();
+    state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.admin.as_ref()));
+    let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
     }
@@ -108,14 +132,19 @@ async fn serve(
         tracing::debug!(event = "listen", listener = &*listener.life.name, slot);
     }
     tracing::info!(
-        event = "start", version = env!("CARGO_PKG_VERSION"), config = %path.display(), admin = %announce::address_text(&admin_bind),
+        event = "start", version = env!("CARGO_PKG_VERSION"), config = %state.path.display(), admin = %announce::address_text(&admin_bind),
         workers = state.workers.len(), listeners = state.config.listeners.len(), pools = state.config.pools.len(),
-        max_connections = state.inputs.connections_max, "serving"
+        max_connections = state.inputs.connections_max, in_place_of = taken.as_ref().map(|taken| taken.from), "serving"
     );
+    match taken {
+        Some(taken) => {
+            state.notifier.be_silent();
+            state.speaks_after = Some(tokio::task::spawn_blocking(|| taken.wait_for_predecessor()));
+        }
+        None => state.notify_ready(),
+    }
     run_until_stopped(&mut state, commands, watch, &mut signals).await;
-    stop_source.stop();
-    let _ = tokio::time::timeout(LAST_RESETS, admin_task).await;
-    drop(announcement);
+    state.admin.end(LAST_RESETS).await;
     state.workers.drain(..).for_each(Worker::join);
     tracing::info!(event = "stop", "stopped");
     Ok(())
@@ -127,6 +156,7 @@ fn start_state(
     log: log::Log,
     handle: control::Handle,
     inherited: Inherited,
+    admin: AdminSide,
 ) -> anyhow::Result<State> {
     let descriptors = limits::raise_descriptor_limit();
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -166,6 +196,7 @@ fn start_state(
         socket_files: HashMap::new(),
         next_slot: 0,
         suspicions: BTreeMap::new(),
+        slow: SlowUpstreams::new(Instant::now()),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         names: Names::new(Discovery::new(handle.clone())),
@@ -179,24 +210,34 @@ fn start_state(
         descriptors,
         started: SystemTime::now(),
         stopping: false,
+        admin,
+        program: None,
+        upgrade: None,
+        predecessor: None,
+        speaks_after: None,
+        notifier: Notifier::from_environment(),
     })
 }
 
-/// The admin API, and the probes where they have an address of their own; both until the stop.
-fn start_admin(state: &State, listener: Listener, probe_listener: Option<Listener>, stop: &Stop) -> JoinHandle<()> {
-    let all = admin::State {
-        control: state.handle.clone(),
-        probes: Arc::clone(&state.probes),
-        access: Arc::clone(&state.access),
-        scope: admin::Scope::All,
-    };
-    if let Some(probe_listener) = probe_listener {
-        let probes = admin::State { scope: admin::Scope::Probes, ..all.clone() };
-        let mut stop = stop.clone();
-        tokio::spawn(admin::serve(probe_listener, probes, async move { stop.stopped().await }));
+impl State {
+    /// Says to the process whose place is taken that this one could serve, and waits until it has let go.
+    fn take_over(&mut self, config: &Config) -> anyhow::Result<Option<Taken>> {
+        let Some(predecessor) = self.predecessor.take() else { return Ok(None) };
+        let (taken, takeover) = predecessor.take_over()?;
+        takeover.apply(config, &mut self.inputs);
+        Ok(Some(taken))
     }
-    let mut stop = stop.clone();
-    tokio::spawn(admin::serve(listener, all, async move { stop.stopped().await }))
+
+    /// The admin API, and the probes where they have an address of their own.
+    fn start_admin(&mut self) {
+        let (control, probes, access) = (self.handle.clone(), Arc::clone(&self.probes), Arc::clone(&self.access));
+        self.admin.start(|scope| admin::State {
+            control: control.clone(),
+            probes: Arc::clone(&probes),
+            access: Arc::clone(&access),
+            scope,
+        });
+    }
 }
 
 /// The signals that are listened to.
@@ -204,6 +245,7 @@ struct Signals {
     hangup: Signal,
     terminate: Signal,
     interrupt: Signal,
+    upgrade: Signal,
 }
 
 impl Signals {
@@ -212,6 +254,7 @@ impl Signals {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            upgrade: signal(SignalKind::user_defined2())?,
         })
     }
 }
@@ -231,6 +274,18 @@ enum Stopping {
     Delay(Instant),
     /// Listeners are closed; open connections have until then.
     Draining(Instant),
+    /// The same, since another process serves. The first signal to stop finds it stopping.
+    HandedOver(Instant),
+}
+
+impl Stopping {
+    /// When the next thing happens by itself.
+    fn at(&self) -> Option<Instant> {
+        match self {
+            Stopping::No => None,
+            Stopping::Delay(at) | Stopping::Draining(at) | Stopping::HandedOver(at) => Some(*at),
+        }
+    }
 }
 
 async fn run_until_stopped(
@@ -239,17 +294,15 @@ async fn run_until_stopped(
     mut watch: Watch,
     signals: &mut Signals,
 ) {
-    let Signals { hangup, terminate, interrupt } = signals;
+    let Signals { hangup, terminate, interrupt, upgrade } = signals;
     let mut tick = interval(history::INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopping = Stopping::No;
+    let mut watchdog = notify::watchdog();
     let open = Arc::clone(&state.open);
     loop {
         state.probes.control_turned(Instant::now());
-        let stop_at = match stopping {
-            Stopping::No => None,
-            Stopping::Delay(at) | Stopping::Draining(at) => Some(at),
-        };
+        let (stop_at, deadline) = (stopping.at(), state.next_deadline());
         tokio::select! {
             command = commands.recv() => {
                 let Some(command) = command else { return };
@@ -259,21 +312,24 @@ async fn run_until_stopped(
                 }
                 state.publish();
             }
-            change = watch.changed(), if !state.stopping => file_changed(state, change, &mut watch).await,
-            _ = hangup.recv() => {
+            // While a new process starts, which reads the file itself, nothing may change of what it was offered.
+            change = watch.changed(), if !state.stopping && state.upgrade.is_none() => {
+                file_changed(state, change, &mut watch).await;
+            }
+            _ = hangup.recv(), if state.upgrade.is_none() => {
                 reload_from_file(state, ReloadTrigger::Signal, &mut watch, None).await;
             }
-            name = stop_signal(terminate, interrupt) => {
-                if state.stopping {
-                    tracing::warn!(event = "stop", signal = name, open = open.count(), "second signal: stopping at once");
-                    return reset_the_rest(state).await;
+            _ = upgrade.recv() => state.begin_upgrade(None).await,
+            ready = upgrade::ready(&mut state.upgrade) => {
+                if state.finish_upgrade(ready).await {
+                    close_listeners(state).await;
+                    stopping = Stopping::HandedOver(Instant::now() + state.config.runtime.stop_timeout);
                 }
-                state.stopping = true;
-                state.probes.set_stopping();
-                let delay = state.config.runtime.stop_delay;
-                tracing::info!(event = "stop", signal = name, open = open.count(), stop_delay = %humantime::format_duration(delay), "stopping");
-                stopping = Stopping::Delay(Instant::now() + delay);
             }
+            name = stop_signal(terminate, interrupt) => match stop_ordered(state, name, &stopping) {
+                Some(next) => stopping = next,
+                None => return reset_the_rest(state).await,
+            },
             () = at(stop_at) => match stopping {
                 Stopping::Delay(_) => {
                     close_listeners(state).await;
@@ -284,10 +340,43 @@ async fn run_until_stopped(
                     return reset_the_rest(state).await;
                 }
             },
-            () = open.empty(), if matches!(stopping, Stopping::Draining(_)) => return,
-            () = at(state.next_deadline()) => state.fire(Instant::now()).await,
+            () = open.empty(), if matches!(stopping, Stopping::Draining(_) | Stopping::HandedOver(_)) => return,
+            () = at(deadline) => state.fire(Instant::now()).await,
             // Also the signs of life of the workers.
-            _ = tick.tick() => state.sample().await,
+            _ = tick.tick() => {
+                state.sample().await;
+                state.notify_status();
+            }
+            () = notify::tick(&mut watchdog) => state.notify_alive(),
+            () = upgrade::released(&mut state.speaks_after) => {
+                state.speaks_after = None;
+                state.notify_main_process();
+            }
+        }
+    }
+}
+
+/// A signal to stop came: what comes next; `None`: the end, at once.
+fn stop_ordered(state: &mut State, signal: &str, stopping: &Stopping) -> Option<Stopping> {
+    let open = state.open.count();
+    match stopping {
+        Stopping::No => {
+            // A new process that is only just starting ends with this.
+            drop(state.upgrade.take());
+            state.stopping = true;
+            state.probes.set_stopping();
+            state.notify_stopping();
+            let delay = state.config.runtime.stop_delay;
+            tracing::info!(event = "stop", signal, open, stop_delay = %humantime::format_duration(delay), "stopping");
+            Some(Stopping::Delay(Instant::now() + delay))
+        }
+        Stopping::HandedOver(until) => {
+            tracing::info!(event = "stop", signal, open, "stopping since the upgrade");
+            Some(Stopping::Draining(*until))
+        }
+        Stopping::Delay(_) | Stopping::Draining(_) => {
+            tracing::warn!(event = "stop", signal, open, "second signal: stopping at once");
+            None
         }
     }
 }
@@ -323,6 +412,7 @@ async fn close_listeners(state: &mut State) {
 async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     // A reply that nobody waits for any more is no error.
     match command {
+        Command::Upgrade(reply) => state.begin_upgrade(Some(reply)).await,
         Command::Reload(trigger, reply) => reload_from_file(state, trigger, watch, Some(reply)).await,
         Command::LookedUp(lookup) => state.looked_up(lookup).await,
         Command::SetAdmin(order, reply) => {
@@ -358,9 +448,8 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
 }
 
 async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch, reply: Option<Reply>) {
-    if state.stopping {
-        let error = "error: the process is stopping: nothing is reloaded any more".to_owned();
-        return state.reload_when_resolved(trigger, Err(error), reply).await;
+    if let Some(refused) = state.refuses_reloads() {
+        return state.reload_when_resolved(trigger, Err(refused.to_owned()), reply).await;
     }
     let content = watch::read(&state.path);
     if let Ok(content) = &content {

@@ -258,13 +258,19 @@ impl State {
         }
     }
 
+    /// Why nothing is reloaded now, if nothing is.
+    pub fn refuses_reloads(&self) -> Option<&'static str> {
+        match &self.upgrade {
+            _ if self.stopping => Some("error: the process is stopping: nothing is reloaded any more"),
+            Some(_) => Some("error: an upgrade is under way: the new process reads the file itself"),
+            None => None,
+        }
+    }
+
     /// The reload that waits, if its names were looked up or its time is over.
     pub async fn reload_pending(&mut self) {
         let Some(Pending { trigger, content, replies, .. }) = self.names.pending.take() else { return };
-        let content = match self.stopping {
-            true => Err("error: the process is stopping: nothing is reloaded any more".to_owned()),
-            false => Ok(content),
-        };
+        let content = self.refuses_reloads().map_or(Ok(content), |refused| Err(refused.to_owned()));
         let report = self.reload(trigger, content).await;
         // A reply that nobody waits for any more is no error.
         replies.into_iter().for_each(|reply| drop(reply.send(Arc::clone(&report))));

@@ -16,9 +16,8 @@ use crate::config::names::{self, Name};
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
 use crate::discovery::surroundings;
-use crate::net::datagram;
 use crate::net::limits;
-use crate::net::listen::{self, BindOptions};
+use crate::net::listen;
 use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
 use crate::server::names::log_changes;
@@ -51,7 +50,7 @@ const CLOSING_MAX: Duration = Duration::from_secs(1);
 const SETTING_MAX: Duration = Duration::from_millis(200);
 
 /// An address that a reload has bound and nobody can connect to yet.
-struct Bound {
+pub struct Bound {
     key: SocketKey,
     address: Address,
     /// One for each worker, or the one of which it has one.
@@ -63,6 +62,9 @@ impl State {
     /// Loads this content in place of what runs, and reports what came of it.
     pub async fn reload(&mut self, trigger: ReloadTrigger, content: Result<Vec<u8>, String>) -> Arc<ReloadReport> {
         let begun = Instant::now();
+        if !self.stopping {
+            self.notifier.reloading();
+        }
         let mut report = ReloadReport {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             trigger: trigger.as_str(),
@@ -100,13 +102,22 @@ impl State {
         log_report(&report);
         let report = Arc::new(report);
         self.remember(Arc::clone(&report));
+        if !self.stopping {
+            self.notify_ready();
+        }
         report
     }
 
     /// Puts a configuration in force, or says why it can't be; then nothing has changed.
     pub async fn apply(&mut self, new: Config) -> Result<(), Vec<String>> {
         self.wait_for_closing(&new).await;
-        let mut bound = self.bind(&new)?;
+        let bound = self.bind(&new)?;
+        self.put_in_force(new, bound).await;
+        Ok(())
+    }
+
+    /// Everything that can fail has succeeded.
+    pub async fn put_in_force(&mut self, new: Config, mut bound: Vec<Bound>) {
         for bound in &mut bound {
             self.inputs.slots.insert(bound.key.clone(), self.next_slot);
             self.socket_files.extend(bound.file.take().map(|file| (bound.key.clone(), file)));
@@ -137,7 +148,6 @@ impl State {
             self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
-        Ok(())
     }
 
     /// Goes over to another configuration, up to the snapshot that is made of it: sees to what left, joined and stays, and
@@ -176,7 +186,7 @@ impl State {
     }
 
     /// Binds every address that is new. On any failure all of them are closed again; nobody had connected.
-    fn bind(&self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
+    pub fn bind(&mut self, new: &Config) -> Result<Vec<Bound>, Vec<String>> {
         let mut bound = Vec::new();
         let mut errors = self.inherited_errors(new);
         let mut own: BTreeSet<SocketKey> = self.inputs.slots.keys().cloned().collect();
@@ -184,21 +194,8 @@ impl State {
             if self.inputs.slots.contains_key(&key) {
                 continue;
             }
-            let listener = &new.listeners[&name];
-            let made = match &key.at {
-                At::Ip { address, v6only } => {
-                    let options = BindOptions { address: *address, v6only: *v6only, keepalive: listener.keepalive };
-                    let sockets = self.bind_ip(key.protocol, &options, own.iter().any(|other| shares(&key, other)));
-                    sockets.map(|sockets| (sockets, Address::Ip(*address), None))
-                }
-                At::Unix(path) => {
-                    let made = self.bind_unix(path);
-                    made.map(|(sockets, file)| (sockets, Address::Unix(Arc::clone(path)), Some(file)))
-                }
-                At::Inherited { index, .. } => {
-                    self.adopt(listener, *index).map(|(sockets, address)| (sockets, address, None))
-                }
-            };
+            let shared = own.iter().any(|other| shares(&key, other));
+            let made = self.make_sockets(&key, &new.listeners[&name], shared);
             match made {
                 Ok((sockets, address, file)) => {
                     own.insert(key.clone());
@@ -210,24 +207,6 @@ impl State {
         if errors.is_empty() { Ok(bound) } else { Err(errors) }
     }
 
-    /// A socket for each worker. Where the address is `shared` with one of our own, a probe would see ourselves.
-    fn bind_ip(&self, protocol: Protocol, options: &BindOptions, shared: bool) -> std::io::Result<Vec<Socket>> {
-        match protocol {
-            Protocol::Tcp => {
-                if !shared {
-                    listen::probe(options)?;
-                }
-                listen::bind(options, self.workers.len())
-            }
-            Protocol::Udp => {
-                if !shared {
-                    datagram::probe(options)?;
-                }
-                datagram::bind(options, self.workers.len())
-            }
-        }
-    }
-
     /// Moves what outlives a reload to its new names, and sees to what left and what joined.
     fn carry_over(&mut self, old: &Config) {
         let renamed = renamed_pools(old, &self.config);
@@ -236,6 +215,7 @@ impl State {
         self.history.rename(&renamed);
         let mut inherited = HashSet::new();
         for (new_name, old_name) in &renamed {
+            self.slow.rename(new_name, old_name);
             for key in new_keys.iter().filter(|key| key.pool == *new_name) {
                 let before = UpstreamKey { pool: old_name.clone(), address: key.address.clone() };
                 inherited.insert(before.clone());
@@ -409,6 +389,7 @@ fn unix_error(name: &str, path: &Path, error: &std::io::Error) -> String {
     let path = path.display();
     let next = match error.kind() {
         std::io::ErrorKind::AddrInUse => format!("see who has it: ss -xlp src {path}; or choose another path"),
+        std::io::ErrorKind::AlreadyExists => "choose another path, or move it away".to_owned(),
         std::io::ErrorKind::PermissionDenied => "let the user that runs preface write to its directory".to_owned(),
         std::io::ErrorKind::NotFound => "make its directory first".to_owned(),
         _ => "see the system's message".to_owned(),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::address::Address;
 use crate::admin::guard::Access;
@@ -22,9 +23,13 @@ use crate::log::Log;
 use crate::net::unix::SocketFile;
 use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
+use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
 use crate::server::names::Names;
+use crate::server::notify::Notifier;
+use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
+use crate::server::upgrade::{Predecessor, Program, Upgrade};
 use crate::snapshot::{self, AdminRecord, HealthRecord, Inputs, Snapshot, SocketKey};
 use crate::termination::Termination;
 use crate::worker::{Message, Worker};
@@ -125,6 +130,8 @@ pub struct State {
     pub next_slot: usize,
     /// Upstreams that seem to reject their header.
     pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
+    /// Upstreams that have slowed.
+    pub slow: SlowUpstreams,
     /// What is logged.
     pub log_level: LogLevel,
     /// What was measured, by time.
@@ -151,6 +158,18 @@ pub struct State {
     pub started: SystemTime,
     /// Has a stop been ordered?
     pub stopping: bool,
+    /// The admin API's sockets and tasks.
+    pub admin: AdminSide,
+    /// What an upgrade starts; `None`: this process cannot be upgraded.
+    pub program: Option<Program>,
+    /// While a new process starts.
+    pub upgrade: Option<Upgrade>,
+    /// While this process takes over from another one.
+    pub predecessor: Option<Predecessor>,
+    /// Until that one speaks for the service no more.
+    pub speaks_after: Option<JoinHandle<()>>,
+    /// To systemd.
+    pub notifier: Notifier,
 }
 
 impl State {
@@ -261,7 +280,8 @@ impl State {
         self.set_health(key, Health::Unhealthy, reason).await;
     }
 
-    fn health_of(&self, key: &UpstreamKey) -> Health {
+    /// What checks observed of an upstream, or what it starts with.
+    pub fn health_of(&self, key: &UpstreamKey) -> Health {
         let checked = self.config.pools.get(&key.pool).is_some_and(|pool| pool.health_check.is_some());
         let default = if checked { Health::Unknown } else { Health::Healthy };
         self.inputs.health.get(key).map_or(default, |record| record.health)
@@ -453,6 +473,7 @@ impl State {
         }
         self.history.add_checks(&self.checkers);
         self.look_at_rejections();
+        self.look_at_speed();
         answered
     }
 

@@ -8,17 +8,19 @@
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
 //!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N } } },
-//!   pools: { NAME: { usable, open, rates: RATES, latency: LATENCY, upstreams: [
+//!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, rates: RATES, latency: LATENCY,
 //!              name: null | what the file says, where it says a name,
+//!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
 //!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
 //!   log: { level, by, since },
-//!   warnings: [], log_lines_dropped: N, snapshot: N }
+//!   warnings: [], log_lines_dropped: N, snapshot: N,
+//!   problems: [ { severity: "bad" | "warn", kind, pool, upstream, what, since, advice } ] }   the worst first; see `problems`
 //!
 //! RATES        { connections_per_s, failures_per_s, bytes_in_per_s, bytes_out_per_s }
 //!              failures: of a listener ends that aren't regular, of a pool or upstream failed connects
@@ -52,6 +54,7 @@ use crate::config::{Bind, HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
+use crate::server::problems::problems;
 use crate::server::state::State;
 use crate::server::suspicion::Suspicion;
 use crate::snapshot::{ListenerLife, Moved, SessionCounters};
@@ -96,8 +99,9 @@ impl State {
                 let upstreams: Vec<Value> = upstreams.into_values().collect();
                 let open: u64 = upstreams.iter().filter_map(|upstream| upstream["open"].as_u64()).sum();
                 let (rates, latency) = (self.history.pool_rates(&name), self.history.pool_latency(&name));
+                let balance = self.config.pools.get(&name).map(|pool| pool.balance.as_str());
                 let mut value = json!({
-                    "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
+                    "balance": balance, "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
                 });
                 if let Some(names) = self.config.pools.get(&name).map(|pool| self.names_value(pool)) {
                     value["names"] = names;
@@ -105,7 +109,7 @@ impl State {
                 (name, value)
             })
             .collect();
-        json!({
+        let mut value = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
             "started": time(self.started),
@@ -125,7 +129,9 @@ impl State {
             "warnings": self.warnings,
             "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
             "log_lines_dropped": self.log.dropped(),
-        })
+        });
+        value["problems"] = json!(problems(&value));
+        value
     }
 
     fn upstream_value(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Value {
@@ -157,6 +163,7 @@ impl State {
             "bytes_in": counters.bytes_in.load(Relaxed),
             "bytes_out": counters.bytes_out.load(Relaxed),
             "header_rejected": suspicion.map(Suspicion::value),
+            "slow": self.slow.of(&key).map(|(phase, slowness)| slowness.value(phase)),
             "rejections": rejections(upstream),
             "rates": self.history.upstream_rates(&key),
             "latency": self.history.upstream_latency(&key),

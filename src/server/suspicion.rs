@@ -56,7 +56,8 @@ impl State {
             if self.is_cleared_by_checks(&key, pool, upstream) {
                 continue;
             }
-            let (reason, change) = advice(&key, pool, upstream, rejection, in_a_row);
+            let was_taken = self.inputs.lives.get(&key).is_some_and(|life| life.has_answered());
+            let (reason, change) = advice(&key, pool, upstream, Seen { rejection, in_a_row, was_taken });
             tracing::warn!(
                 event = "header_rejected", pool = %key.pool, upstream = %key.address, reason, change,
             );
@@ -112,16 +113,33 @@ fn configured<'a>(config: &'a Config, key: &UpstreamKey) -> Option<(&'a config::
     Some((pool, pool.upstreams.iter().find(fits)?))
 }
 
-/// What was seen and is probably the matter, and what to change.
-fn advice(
-    key: &UpstreamKey,
-    pool: &config::Pool,
-    upstream: &config::Upstream,
+/// What accuses an upstream.
+#[derive(Clone, Copy)]
+struct Seen {
     rejection: Rejection,
     in_a_row: u32,
-) -> (String, String) {
+    /// Before these it answered, with the header that it gets now.
+    was_taken: bool,
+}
+
+/// What was seen and is probably the matter, and what to change.
+fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, seen: Seen) -> (String, String) {
+    let Seen { rejection, in_a_row, was_taken } = seen;
     let seen = format!("the last {in_a_row} connections were {}", rejection.in_words());
+    // A 400 and an alert are words of a program that read the header; a bare end is less.
+    let or_all = match rejection {
+        Rejection::Reset | Rejection::Closed => ", or turns everyone away (overload, a limit, a crash)",
+        Rejection::BadRequest | Rejection::TlsAlert => "",
+    };
     let (reason, word) = match upstream.proxy_protocol {
+        None if was_taken => (format!("{seen}; before that it answered: it requires a header now{or_all}"), "v2"),
+        Some(format) if was_taken => {
+            let header = format.as_str();
+            let reason = format!(
+                "{seen}, right after the {header} header that it took before: it no longer expects one{or_all}"
+            );
+            (reason, "off")
+        }
         None => (format!("{seen}: it probably requires a header, and gets none"), "v2"),
         Some(format) => {
             let cause = "it probably does not expect a header";
@@ -140,8 +158,9 @@ fn advice(
         None => "switch the header off there",
         Some(_) => "let it take the header there (nginx: listen ... proxy_protocol)",
     };
+    let first = if was_taken && !or_all.is_empty() { "its log says which; if it is the header, " } else { "" };
     let change =
-        format!("{table}: proxy_protocol = \"{word}\"; or {there}; `preface doctor {address}` finds out which");
+        format!("{first}{table}: proxy_protocol = \"{word}\"; or {there}; `preface doctor {address}` finds out which");
     (reason, change)
 }
 
@@ -158,15 +177,18 @@ mod tests {
             )
         };
         let mut said = String::new();
-        for (header, upstreams, rejection) in [
-            ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest),
-            ("v1", "[\"10.0.0.1\", \"10.0.0.2\"]", Rejection::TlsAlert),
-            ("off", "[\"10.0.0.1:80\"]", Rejection::Closed),
+        for (header, upstreams, rejection, was_taken) in [
+            ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest, false),
+            ("v1", "[\"10.0.0.1\", \"10.0.0.2\"]", Rejection::TlsAlert, false),
+            ("off", "[\"10.0.0.1:80\"]", Rejection::Closed, false),
+            ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest, true),
+            ("v2", "[\"10.0.0.1\"]", Rejection::Reset, true),
+            ("off", "[\"10.0.0.1\"]", Rejection::Closed, true),
         ] {
             let config = config::parse("test.toml", &text(header, upstreams)).expect("it is valid").config;
             let key = UpstreamKey { pool: "p".to_owned(), address: SocketAddr::from(([10, 0, 0, 1], 80)).into() };
             let (pool, upstream) = configured(&config, &key).expect("it is configured");
-            let (reason, change) = advice(&key, pool, upstream, rejection, 3);
+            let (reason, change) = advice(&key, pool, upstream, Seen { rejection, in_a_row: 3, was_taken });
             said += &format!("{reason}\n    {change}\n");
         }
         insta::assert_snapshot!(said);

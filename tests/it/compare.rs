@@ -35,8 +35,10 @@ fn json(output: &Path) -> Value {
 fn every_kind_of_work_is_done_and_written_down() {
     let output = tempfile::tempdir().unwrap();
     let tcp = ["bulk-16-up", "bulk-1-down", "pingpong-64-64", "short-16", "idle", "reload", "scaling-bulk-16"];
-    let kinds = [&tcp[..], &["udp-oneway-16", "udp-echo-1000"]].concat();
-    let failed = smoke(&["--rows", &kinds.join(","), "--only", "direct,preface,preface-log-on"], output.path());
+    let watched = ["watched-pingpong-64-64", "watched-short-16"];
+    let kinds = [&tcp[..], &watched, &["udp-oneway-16", "udp-echo-1000"]].concat();
+    let only = "direct,preface,preface-log-on,preface-watched";
+    let failed = smoke(&["--rows", &kinds.join(","), "--only", only], output.path());
     assert!(failed.is_empty(), "{failed:?}");
 
     let json = json(output.path());
@@ -54,6 +56,11 @@ fn every_kind_of_work_is_done_and_written_down() {
             };
             assert!(sample[figure].as_f64().unwrap() > 0.0, "{row_name}: {candidate}");
             assert!(row_name != "reload" || sample["failed"] == 0.0, "{candidate}");
+            let works = |name: &str| row_name.contains(name) && candidate["name"].as_str().unwrap().contains("preface");
+            if works("pingpong-64") || works("short") {
+                assert!(sample["workers"].as_f64() <= sample["cpu"].as_f64(), "{candidate}");
+                assert!(sample["workers"].as_f64() > Some(0.0), "{candidate}");
+            }
         }
     }
 
@@ -64,7 +71,9 @@ fn every_kind_of_work_is_done_and_written_down() {
         assert!(table.contains(&format!("## {title}\n")), "{table}");
         assert!(plot.contains(&format!(">{title}<")), "{plot}");
     }
-    assert!(table.contains("| connection log on / off |"), "{table}");
+    for comparison in ["connection log on / off", "watched / not watched: the workers"] {
+        assert!(table.contains(&format!("| {comparison} |")), "{table}");
+    }
     assert!(plot.starts_with("<svg ") && plot.ends_with("</svg>\n"), "{plot}");
     assert_eq!(plot.matches("<text ").count(), plot.matches("</text>").count());
     assert!(!plot.contains("NaN"), "{plot}");
@@ -174,6 +183,7 @@ fn numbers_are_as_long_as_they_mean_something() {
 fn candidates_are_found_by_their_words() {
     assert_eq!(Kind::matching("preface"), [Kind::Preface]);
     assert_eq!(Kind::matching("preface-log-on"), [Kind::PrefaceLog]);
+    assert_eq!(Kind::matching("preface-watched"), [Kind::Watched]);
     assert_eq!(Kind::matching("haproxy"), [Kind::Haproxy, Kind::HaproxyTuned]);
     assert_eq!(Kind::matching("nginx-tuned"), [Kind::NginxTuned]);
     assert_eq!(Kind::matching("bare"), [Kind::Bare]);

@@ -40,18 +40,22 @@ impl SocketLine {
     }
 }
 
-fn sockets(balancer: &Balancer) -> impl Iterator<Item = impl Iterator<Item = SocketLine>> {
-    let id = balancer.id();
+fn sockets(process: &str) -> impl Iterator<Item = impl Iterator<Item = SocketLine>> {
     ["tcp", "tcp6"].into_iter().map(move |file| {
-        let table = BufReader::new(File::open(format!("/proc/{id}/net/{file}")).unwrap());
+        let table = BufReader::new(File::open(format!("/proc/{process}/net/{file}")).unwrap());
         table.lines().skip(1).map(|line| SocketLine::parse(&line.unwrap()))
     })
 }
 
 /// The sockets that listen on each of these ports, by their inodes.
 pub fn listening<const N: usize>(balancer: &Balancer, ports: [u16; N]) -> [BTreeSet<u64>; N] {
+    listening_beside(&balancer.id().to_string(), ports)
+}
+
+/// The same where this process is (`self`), or another one.
+pub fn listening_beside<const N: usize>(process: &str, ports: [u16; N]) -> [BTreeSet<u64>; N] {
     let mut inodes = [const { BTreeSet::new() }; N];
-    for table in sockets(balancer) {
+    for table in sockets(process) {
         // They come first; behind them stand thousands of closed connections.
         for socket in table.take_while(|socket| socket.listens) {
             if let Some(index) = ports.iter().position(|port| *port == socket.local_port) {
@@ -527,7 +531,7 @@ fn a_changed_keepalive_is_that_of_new_connections() {
         let ours = |socket: &SocketLine| socket.local_port == port && socket.remote_port == client;
         // A retransmission timer may run for a moment in its place.
         eventually("data is acknowledged", || {
-            let socket = sockets(balancer).flatten().find(ours).expect("the connection is open");
+            let socket = sockets(&balancer.id().to_string()).flatten().find(ours).expect("the connection is open");
             (socket.timer.0 != 1).then_some(socket.timer)
         })
     };

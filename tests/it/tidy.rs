@@ -17,7 +17,7 @@ const FUNCTION_LINES_MAX: usize = 70;
 const TOP_LEVEL: [&str; 8] = ["Cargo.toml", "Cargo.lock", "README.md", "src", "config", "tests", "benches", "deploy"];
 
 /// Files that decide, and so must keep their mark.
-const MARKED_PURE: [&str; 9] = [
+const MARKED_PURE: [&str; 10] = [
     "src/proxy_protocol/mod.rs",
     "src/proxy_protocol/v1.rs",
     "src/proxy_protocol/v2.rs",
@@ -25,6 +25,7 @@ const MARKED_PURE: [&str; 9] = [
     "src/config/validate.rs",
     "src/config/diff.rs",
     "src/pool/balance.rs",
+    "src/pool/source_hash.rs",
     "src/pool/header.rs",
     "src/health/state.rs",
 ];

@@ -231,7 +231,7 @@
 
   function measure(status) {
     const now = (Date.parse(status.time) || Date.now()) / 1000;
-    const model = { now, status, pools: [], listeners: [], ends: [], problems: [], upstreams: 0, serving: 0 };
+    const model = { now, status, pools: [], listeners: [], ends: [], upstreams: 0, serving: 0 };
     const total = { accepted: null, in: null, out: null, faults: null };
     const add = (name, value) => { if (value !== null) total[name] = (total[name] ?? 0) + value; };
     const ends = new Map();
@@ -292,7 +292,7 @@
       row.in ??= number(rates.bytes_in_per_s);
       row.out ??= number(rates.bytes_out_per_s);
       row.ready = upstream.admin === "enabled" && upstream.health === "healthy" && upstream.weight !== 0;
-      row.rank = upstream.health === "unhealthy" ? 0 : upstream.admin !== "enabled" ? 1 : upstream.health !== "healthy" ? 2 : 3;
+      row.rank = upstream.health === "unhealthy" || upstream.slow || upstream.header_rejected ? 0 : upstream.admin !== "enabled" ? 1 : upstream.health !== "healthy" ? 2 : 3;
       if (row.ready) pool.usable += 1;
       pool.upstreams.push(row);
     }
@@ -301,53 +301,11 @@
     return pool;
   }
 
-  // ---- What is wrong now, the worst first
-
-  function problems(model) {
-    const { status, now } = model;
-    const found = [];
-    const tell = (kind, what, text) => found.push({ kind, what, text });
-    if (status.state === "stopping") tell("warn", "Stopping", "this process ends when its open connections have, or at stop_timeout");
-    for (const pool of model.pools) {
-      const { upstreams } = pool;
-      for (const name of list(pool.value.names)) {
-        if (!name.error) continue;
-        const kept = list(name.addresses).length;
-        const then = kept ? "; its last " + kept + " stay" : "; it has no addresses";
-        tell(kept ? "warn" : "bad", pool.name + " " + words(name.name), "look-ups fail " + since(name.failing_since, now) + ": " + words(name.error) + then);
-      }
-      if (!upstreams.length && !list(pool.value.names).length) continue;
-      const sick = upstreams.filter((upstream) => upstream.value.health === "unhealthy" && upstream.value.admin !== "disabled");
-      const out = upstreams.filter((upstream) => upstream.value.admin && upstream.value.admin !== "enabled");
-      if (pool.value.usable === false) tell("bad", "Pool " + pool.name, "takes no connections: no upstream is usable");
-      else if (!pool.usable) tell("bad", "Pool " + pool.name, "no upstream is healthy and enabled; connections go where they can");
-      for (const upstream of sick.slice(0, 5)) {
-        tell("bad", pool.name + " " + upstream.address, "unhealthy " + since(upstream.value.health_since, now) + ": " + words(upstream.value.health_reason));
-      }
-      if (sick.length > 5) tell("bad", "Pool " + pool.name, (sick.length - 5) + " more are unhealthy");
-      for (const upstream of out.slice(0, 5)) {
-        const by = upstream.value.admin_by ? ", by " + words(upstream.value.admin_by) : "";
-        tell("warn", pool.name + " " + upstream.address, words(upstream.value.admin) + " " + since(upstream.value.admin_since, now) + by + ", " + count(upstream.value.open) + " open");
-      }
-      if (out.length > 5) tell("warn", "Pool " + pool.name, (out.length - 5) + " more are draining or disabled");
-      for (const { address, value } of upstreams) {
-        const rejected = value.header_rejected;
-        if (rejected) tell("bad", pool.name + " " + address, "refuses the header " + since(rejected.since, now) + ": " + [rejected.reason, rejected.change].filter(Boolean).map(words).join("; "));
-      }
-    }
-    const last = list(status.reloads)[0];
-    if (last && last.outcome === "refused") tell("bad", "Configuration", "the reload of " + clock(last.time, now) + " was refused, what ran before goes on\n" + list(last.errors).map(words).join("\n"));
-    const { open, max } = status.connections || {};
-    if (number(open) && number(max) && open > max * 0.8) tell("bad", "Connections", count(open) + " of at most " + count(max) + " are open");
-    if (number(status.log_lines_dropped)) tell("warn", "Log", count(status.log_lines_dropped) + " lines dropped since the start: nobody reads standard output fast enough");
-    list(status.warnings).forEach((warning) => tell("warn", "Configuration", words(warning)));
-    const rank = (problem) => (problem.kind === "bad" ? 0 : 2) + (/^(Pool|Conf|Conn)/.test(problem.what) ? 0 : 1);
-    return found.sort((one, other) => rank(one) - rank(other));
-  }
+  // ---- What is wrong now: the server's list, the worst first
 
   function showProblems(model) {
-    const found = problems(model);
-    const bad = found.filter((problem) => problem.kind === "bad").length;
+    const found = list(model.status.problems);
+    const bad = found.filter((problem) => problem.severity === "bad").length;
     const verdict = byId("verdict");
     dress(verdict, "verdict " + (bad ? "bad" : found.length ? "warn" : "good"));
     const serving = model.serving + " of " + model.upstreams + " upstreams healthy and enabled";
@@ -355,17 +313,28 @@
     document.title = (bad ? "(" + bad + ") " : "") + "preface";
     const parent = byId("problems");
     parent.hidden = !found.length;
-    keep(parent, found, (problem) => problem.what + "\n" + problem.text.replace(/\(.*?\)/, ""), () => {
-      const node = make("p");
-      node.what_ = make("strong");
+    const place = ({ pool, upstream }) => [pool && (upstream ? "" : "Pool ") + words(pool), upstream].filter(Boolean).map(words).join(" ");
+    // Numbers in `what` change; a problem without a place is known by its words alone.
+    const key = (problem) => words(problem.kind) + " " + (place(problem) ? place(problem) + (problem.upstream ? "" : problem.what) : problem.what);
+    keep(parent, found, key, () => {
+      const node = make("div");
+      node.what_ = make("p");
+      node.place_ = make("strong");
       node.text_ = make("span");
-      node.append(node.what_, node.text_);
+      node.since_ = make("span", "since");
+      node.advice_ = make("p", "advice");
+      node.what_.append(node.place_, " ", node.text_, " ", node.since_);
+      node.append(node.what_, node.advice_);
       return node;
     }, (node, problem) => {
-      dress(node, "problem " + problem.kind);
-      say(node.what_, problem.what);
-      say(node.text_, problem.text);
-      dress(node.text_, problem.text.includes("\n") ? "mono" : "");
+      dress(node, "problem " + (problem.severity === "bad" ? "bad" : "warn"));
+      say(node.place_, place(problem) && place(problem) + ":");
+      node.place_.hidden = !place(problem);
+      say(node.text_, words(problem.what));
+      say(node.since_, problem.since ? since(problem.since, model.now) : "");
+      node.since_.hidden = !problem.since;
+      say(node.advice_, words(problem.advice));
+      node.advice_.hidden = !problem.advice;
     });
   }
 
@@ -440,7 +409,7 @@
     const node = row(UPSTREAM);
     const { address, state, plot: cell, bytes, connect, first, orders } = node.cells_;
     address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
-    state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
+    state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), document.createTextNode(" "), (node.fault_ = make("span", "badge bad")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
     cell.append((node.plot_ = plot()));
     const lines = (cell) => { const two = [make("span", "line"), make("span", "line")]; cell.append(...two); return two; };
     [node.in_, node.out_] = lines(bytes);
@@ -476,7 +445,10 @@
     say(node.health_, words(value.health) || "–");
     dress(node.admin_, "badge " + (ADMIN[value.admin] || ""));
     say(node.admin_, words(value.admin) || "–");
-    say(node.why_, [words(value.health_reason), since(value.health_since, model.now)].filter(Boolean).join(", "));
+    const faults = [value.slow && "slow", value.header_rejected && "header rejected"].filter(Boolean).join(", ");
+    say(node.fault_, faults);
+    node.fault_.hidden = !faults;
+    say(node.why_, [words(value.health_reason).split("; header rejected?")[0], since(value.health_since, model.now)].filter(Boolean).join(", "));
     const by = value.admin_by ? " by " + words(value.admin_by) : "";
     say(node.ordered_, value.admin_since ? words(value.admin) + " " + since(value.admin_since, model.now) + by : "");
     say(cells.open, count(number(value.open)));
@@ -487,6 +459,7 @@
       const { p50, p99 } = measured(value, kind);
       say(lines[0], milliseconds(number(p50)));
       say(lines[1], milliseconds(number(p99)));
+      lines[0].classList.toggle("count-bad", Boolean(value.slow && value.slow.phase === kind));
     }
     const failures = number(value.connect_failures);
     say(cells.failures, count(failures) + (upstream.failing > 0 ? ", " + perSecond(upstream.failing) : ""));

@@ -72,6 +72,8 @@ pub struct Finding {
     pub problems: Vec<Problem>,
     /// For each problem, what to do with the file.
     pub changes: Vec<Change>,
+    /// What is slow about it beside its siblings, in a sentence.
+    pub slow: Option<String>,
 }
 
 /// One change of the file.
@@ -94,7 +96,7 @@ impl Finding {
         if target.role == Role::Check {
             problems.retain(|problem| problem.place == Place::HealthCheck);
         }
-        Finding { target, diagnosis, problems, changes: Vec::new() }
+        Finding { target, diagnosis, problems, changes: Vec::new(), slow: None }
     }
 
     /// There was no conclusion.
@@ -106,8 +108,9 @@ impl Finding {
     pub fn verdict(&self) -> &'static str {
         match (self.is_unjudged(), self.problems.is_empty()) {
             (true, _) => "not judged",
-            (false, true) => "ok",
             (false, false) => "mismatch",
+            (false, true) if self.slow.is_some() => "slow",
+            (false, true) => "ok",
         }
     }
 }

@@ -52,6 +52,7 @@ pub async fn exchange(subject: &Subject, attempt: Try, question: &Question, talk
         }
         Ok(Err(error)) => exchange.end = End::NotConnected(words(&error)),
         Ok(Ok(mut stream)) => {
+            exchange.connect = Some(started.elapsed());
             if let Err(error) = converse(subject, question, talk, &mut stream, &mut exchange).await {
                 exchange.end = ended(&error);
             }
@@ -80,12 +81,14 @@ async fn converse(
         exchange.asked = true;
         stream.write_all(&[exchange.header.as_slice(), &asked].concat()).await?;
         let waits = Waits { first: subject.timeout, settle };
-        exchange.end = read(stream, &mut exchange.late, waits, |answer| question.is_answered(answer)).await?;
+        let (late, after) = (&mut exchange.late, &mut exchange.answer_after);
+        exchange.end = read(stream, late, after, waits, |answer| question.is_answered(answer)).await?;
         return Ok(());
     }
     stream.write_all(&exchange.header).await?;
     let listen = if talk == Talk::ServerFirst { subject.timeout } else { subject.timeout / 2 };
-    exchange.end = read(stream, &mut exchange.early, Waits { first: listen, settle }, |_| false).await?;
+    let (early, after) = (&mut exchange.early, &mut exchange.answer_after);
+    exchange.end = read(stream, early, after, Waits { first: listen, settle }, |_| false).await?;
     if exchange.end != End::Open {
         return Ok(());
     }
@@ -101,7 +104,10 @@ async fn converse(
     stream.write_all(&last).await?;
     let waits = Waits { first: if exchange.early.is_empty() { subject.timeout } else { settle }, settle };
     let is_enough = |answer: &[u8]| exchange.early.is_empty() && question.is_answered(answer);
-    exchange.end = read(stream, &mut exchange.late, waits, is_enough).await?;
+    // What counts for a server that speaks first is its greeting.
+    let mut goodbye_after = None;
+    let after = if exchange.early.is_empty() { &mut exchange.answer_after } else { &mut goodbye_after };
+    exchange.end = read(stream, &mut exchange.late, after, waits, is_enough).await?;
     Ok(())
 }
 
@@ -116,9 +122,11 @@ struct Waits {
 async fn read(
     stream: &mut Connection,
     into: &mut Vec<u8>,
+    first_after: &mut Option<Duration>,
     waits: Waits,
     is_enough: impl Fn(&[u8]) -> bool,
 ) -> io::Result<End> {
+    let begun = Instant::now();
     while (into.len() as u64) < ANSWER_BYTES_MAX && !is_enough(into) {
         let wait = if into.is_empty() { waits.first } else { waits.settle };
         into.reserve(4096);
@@ -126,6 +134,9 @@ async fn read(
             None => return Ok(End::Open),
             Some(Ok(0)) => return Ok(End::Closed),
             Some(read) => drop(read?),
+        }
+        if first_after.is_none() {
+            *first_after = Some(begun.elapsed());
         }
     }
     Ok(End::Open)

@@ -46,13 +46,27 @@ pub struct Exchange {
     pub end: End,
     /// Connect and answer together.
     pub duration: Duration,
+    /// Of the connect, if it succeeded.
+    pub connect: Option<Duration>,
+    /// From the last that was sent to the first byte after it.
+    pub answer_after: Option<Duration>,
 }
 
 impl Exchange {
     /// Nothing has happened yet.
     pub fn new(attempt: Try) -> Exchange {
         let (header, early, late) = (Vec::new(), Vec::new(), Vec::new());
-        Exchange { attempt, header, early, asked: false, late, end: End::Open, duration: Duration::ZERO }
+        Exchange {
+            attempt,
+            header,
+            early,
+            asked: false,
+            late,
+            end: End::Open,
+            duration: Duration::ZERO,
+            connect: None,
+            answer_after: None,
+        }
     }
 
     /// The server spoke without being asked, and not in HTTP: that is how HTTP servers complain about a header.
@@ -182,6 +196,15 @@ impl Diagnosis {
         let outcomes: Vec<_> = exchanges.into_iter().map(judged).collect();
         let expects = expectation(&outcomes, &question);
         Diagnosis { question, outcomes, expects }
+    }
+
+    /// The same try once more: if it was quicker, that is how quick it is.
+    pub fn quickened(&mut self, again: Exchange) {
+        let before = self.outcomes.iter_mut().map(|(exchange, _)| exchange);
+        for exchange in before.filter(|exchange| exchange.attempt == again.attempt) {
+            exchange.connect = exchange.connect.min(again.connect.or(exchange.connect));
+            exchange.answer_after = exchange.answer_after.min(again.answer_after.or(exchange.answer_after));
+        }
     }
 
     /// What a try came to; `None`: it was not made.

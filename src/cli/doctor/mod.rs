@@ -5,6 +5,7 @@ pub mod compare;
 pub mod exchange;
 pub mod judge;
 pub mod report;
+pub mod speed;
 pub mod tries;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,8 @@ const ADDRESSES_AT_ONCE: usize = 16;
 const ADDRESSES_OF_A_NAME_MAX: usize = 4;
 /// Names in a configuration are looked up within this time, or are said to be unknown.
 const LOOKUPS_TIME_MAX: Duration = Duration::from_secs(10);
+/// Whoever seems slow is asked again so often.
+const SLOW_AGAIN: usize = 2;
 /// Beyond the tries themselves: the deciding ones once more, with a better question.
 const CONNECTIONS_MAX: usize = Try::ALL.len() + Try::DECIDING;
 
@@ -191,23 +194,43 @@ async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let mut config = parsed.config;
     let unknown = look_up(&mut config).await;
-    let findings = examine_all(targets(&config), args.timeout).await;
+    let mut findings = examine_all(targets(&config), args.timeout).await;
+    for _ in 0..SLOW_AGAIN {
+        ask_slow_ones_again(&mut findings, args.timeout).await;
+    }
+    let slow = speed::compared(&findings);
+    findings.iter_mut().zip(slow).for_each(|(finding, slow)| finding.slow = slow);
     let findings = compare::with_changes(findings, &file.display().to_string(), &text);
     let output = match args.json {
         true => format!("{:#}\n", report::findings_json(&findings)),
         false => report::findings_text(&findings),
     };
     super::print(&output)?;
-    let mismatches = findings.iter().filter(|finding| !finding.changes.is_empty()).count();
-    let unjudged = findings.iter().filter(|finding| finding.is_unjudged()).count() + unknown;
-    let all = findings.len() + unknown;
-    match (mismatches, unjudged) {
-        (0, 0) => Ok(()),
-        (mismatches, 0) => bail!("{mismatches} of {all} do not match {}", file.display()),
-        (0, unjudged) => bail!("{unjudged} of {all} could not be judged"),
-        (mismatches, unjudged) => {
-            bail!("{mismatches} of {all} do not match {}, and {unjudged} could not be judged", file.display())
-        }
+    let count = |meant: fn(&Finding) -> bool| findings.iter().filter(|finding| meant(finding)).count();
+    let said = [
+        (count(|finding| !finding.changes.is_empty()), format!("do not match {}", file.display())),
+        (count(Finding::is_unjudged) + unknown, "could not be judged".to_owned()),
+        (count(|finding| finding.slow.is_some()), "slower than the siblings".to_owned()),
+    ];
+    let said: Vec<String> =
+        said.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    match said.is_empty() {
+        true => Ok(()),
+        false => bail!("of {} upstreams and checks: {}", findings.len() + unknown, said.join(", ")),
+    }
+}
+
+/// A garbage collector may have come in between: only who is slow each time is slow.
+async fn ask_slow_ones_again(findings: &mut [Finding], timeout: Duration) {
+    let slow = speed::compared(findings);
+    for (finding, _) in findings.iter_mut().zip(slow).filter(|(_, slow)| slow.is_some()) {
+        let Finding { target, diagnosis, .. } = finding;
+        let Some(attempt) = diagnosis.good_answer().map(|exchange| exchange.attempt) else { continue };
+        let exchanges: Vec<_> = diagnosis.outcomes.iter().map(|(exchange, _)| exchange.clone()).collect();
+        let talk = talk(&exchanges, &diagnosis.question);
+        let subject = Subject { to: target.address.clone(), source: target.source, timeout, tlvs: target.tlvs.clone() };
+        let again = exchange(&subject, attempt, &diagnosis.question, talk).await;
+        diagnosis.quickened(again);
     }
 }
 

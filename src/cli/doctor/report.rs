@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::advice::{self, OPTIONAL, checks, conclusion, found, found_word, toml, word};
 use super::compare::{Finding, Role};
 use super::judge::{Diagnosis, Expectation};
+use super::speed::Speed;
 use crate::address::Address;
 
 /// In the lines to copy.
@@ -21,6 +22,9 @@ pub fn diagnosis_text(address: &Address, diagnosis: &Diagnosis) -> String {
     }
     text += &columns(&rows, "  ");
     let _ = writeln!(text, "\n{}", capital(&conclusion(&diagnosis.expects)));
+    if let Some(speed) = Speed::of(diagnosis) {
+        let _ = writeln!(text, "{}", speed.describe());
+    }
     if matches!(diagnosis.expects, Expectation::Optional(_)) {
         let _ = writeln!(text, "Send it: {OPTIONAL}.");
     }
@@ -79,6 +83,8 @@ fn diagnosis_parts(diagnosis: &Diagnosis) -> Vec<(&'static str, Value)> {
         ("expects", json!(found_word(&diagnosis.expects))),
         ("conclusion", json!(conclusion(&diagnosis.expects))),
         ("proxy_protocol", json!(advice::version(&diagnosis.expects).map(word))),
+        ("connect_ms", json!(Speed::of(diagnosis).map(|speed| (speed.connect_ms * 10.0).round() / 10.0))),
+        ("answer_ms", json!(Speed::of(diagnosis).map(|speed| (speed.answer_ms * 10.0).round() / 10.0))),
     ]
 }
 
@@ -108,6 +114,9 @@ pub fn findings_text(findings: &[Finding]) -> String {
                 (None, None) => writeln!(text, "  {}: take them out", change.place),
             };
         }
+        if let Some(slow) = &finding.slow {
+            let _ = writeln!(text, "\npool {}, {}: {slow}", target.pool, target.address);
+        }
         if finding.is_unjudged() {
             let why = conclusion(&finding.diagnosis.expects);
             let _ = writeln!(text, "\npool {}, {}: {why}", target.pool, target.address);
@@ -130,6 +139,7 @@ pub fn findings_json(findings: &[Finding]) -> Value {
             "configured": target.describe_configured(),
             "verdict": finding.verdict(),
             "changes": changes.collect::<Vec<_>>(),
+            "slow": finding.slow,
         });
         for (key, part) in diagnosis_parts(&finding.diagnosis) {
             value[key] = part;

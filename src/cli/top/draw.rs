@@ -6,12 +6,12 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span, Text};
 use ratatui::widgets::{Block, Clear, Paragraph, Widget, Wrap};
 
-use super::model::{Model, Numbers, Pool, Upstream};
+use super::model::{Model, Numbers, Pool, Problem, Upstream};
 use super::view::{Mode, Order, Row, Sort, Target, View};
-use super::words::{bytes, count, milliseconds, rate, span, tail};
+use super::words::{bytes, count, milliseconds, rate, span, tail, wrap};
 
 /// Problems above the table take at most this part of the screen; the rest is counted.
-const PROBLEMS_PART: usize = 4;
+const PROBLEMS_PART: usize = 3;
 /// An upstream's name has at least this much room.
 const NAME_WIDTH_MIN: usize = 21;
 
@@ -58,8 +58,8 @@ const COLUMNS: [Column; 9] = [
 /// The screen.
 pub fn draw(scene: &Scene, area: Rect, buffer: &mut Buffer) {
     let rows = scene.model.map(|model| scene.view.rows(model)).unwrap_or_default();
-    let problems = problem_lines(scene, usize::from(area.height) / PROBLEMS_PART);
-    let details = scene.model.map(|model| details(scene.view, model, &rows)).unwrap_or_default();
+    let problems = problem_lines(scene, usize::from(area.width), usize::from(area.height) / PROBLEMS_PART);
+    let details = scene.model.map(|model| details(scene.view, model, &rows, area.width)).unwrap_or_default();
     let heights = [2, problems.len() as u16, 1];
     let [top, middle, head, table, detail, keys] = Layout::vertical([
         Constraint::Length(heights[0]),
@@ -83,11 +83,12 @@ pub fn draw(scene: &Scene, area: Rect, buffer: &mut Buffer) {
     }
 }
 
-/// How high a screen must be to show everything.
-pub fn height(scene: &Scene) -> u16 {
+/// How high a screen of this width must be to show everything.
+pub fn height(scene: &Scene, width: u16) -> u16 {
     let rows = scene.model.map_or(0, |model| scene.view.rows(model).len());
-    let problems = problem_lines(scene, usize::MAX).len();
-    u16::try_from((rows + problems + 8).max(problems * PROBLEMS_PART)).unwrap_or(u16::MAX)
+    let problems = problem_lines(scene, usize::from(width), usize::MAX).len();
+    let around = foot_height(scene, width) + 5;
+    u16::try_from((rows + problems + around).max(problems * PROBLEMS_PART)).unwrap_or(u16::MAX)
 }
 
 fn top_lines(scene: &Scene) -> Vec<Line<'static>> {
@@ -121,7 +122,7 @@ fn failing(text: &str, value: Option<f64>) -> Span<'static> {
     Span::styled(text.to_owned(), if value.is_some_and(|value| value > 0.0) { BAD } else { Style::new() })
 }
 
-fn problem_lines(scene: &Scene, lines_max: usize) -> Vec<Line<'static>> {
+fn problem_lines(scene: &Scene, width: usize, lines_max: usize) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
     if let Some((why, seconds)) = scene.silence {
         let old = if scene.model.is_some() { format!("no answer for {}: ", span(seconds)) } else { String::new() };
@@ -129,13 +130,31 @@ fn problem_lines(scene: &Scene, lines_max: usize) -> Vec<Line<'static>> {
         lines.push(Line::styled("still trying, every second", WARN));
     }
     let problems = scene.model.map(|model| &model.problems[..]).unwrap_or_default();
-    let shown = if problems.len() > lines_max { lines_max.saturating_sub(1) } else { problems.len() };
-    for problem in &problems[..shown] {
-        let (mark, style) = if problem.bad { ("!", BAD) } else { ("-", WARN) };
-        lines.push(Line::styled(format!("{mark} {}", problem.text), style));
+    let wrapped = |with_advice: bool| problems.iter().map(move |problem| problem_words(problem, width, with_advice));
+    // What is wrong is more than what to do about it, where there is no room for both.
+    let has_room = wrapped(true).map(|lines| lines.len()).sum::<usize>() <= lines_max;
+    let mut left = problems.len();
+    for words in wrapped(has_room) {
+        // One line is for those that are not shown.
+        if lines.len() + words.len() + usize::from(left > 1) > lines_max && !has_room {
+            break;
+        }
+        lines.extend(words);
+        left -= 1;
     }
-    if shown < problems.len() {
-        lines.push(Line::styled(format!("  and {} more; preface top --once lists all", problems.len() - shown), QUIET));
+    if left > 0 {
+        lines.push(Line::styled(format!("  and {left} more; preface top --once lists all"), QUIET));
+    }
+    lines
+}
+
+/// A problem in as many lines as it takes, and what to do about it.
+fn problem_words(problem: &Problem, width: usize, with_advice: bool) -> Vec<Line<'static>> {
+    let (mark, style) = if problem.bad { ("! ", BAD) } else { ("- ", WARN) };
+    let mut lines: Vec<Line> =
+        wrap(&problem.text, width, mark).into_iter().map(|line| Line::styled(line, style)).collect();
+    if with_advice && !problem.advice.is_empty() {
+        lines.extend(wrap(&problem.advice, width, "    ").into_iter().map(Line::raw));
     }
     lines
 }
@@ -192,9 +211,18 @@ fn row_line(scene: &Scene, row: &Row, width: u16) -> Line<'static> {
         }
     };
     let numbers = row.numbers();
+    let slow = match row {
+        Row::Upstream(_, upstream) if upstream.slow == "connect" => "CONN",
+        Row::Upstream(_, upstream) if upstream.slow == "first_byte" => "BYTE",
+        _ => "-",
+    };
     for column in columns(width) {
         let text = format!(" {:>1$}", (column.of)(numbers), column.width);
-        spans.push(if column.name == "FAIL/s" { failing(&text, numbers.rates.failures) } else { Span::raw(text) });
+        spans.push(match column.name {
+            "FAIL/s" => failing(&text, numbers.rates.failures),
+            name if name.starts_with(slow) => Span::styled(text, BAD),
+            _ => Span::raw(text),
+        });
     }
     Line::from(spans)
 }
@@ -214,21 +242,30 @@ fn pool_spans(pool: &Pool, room: usize) -> Vec<Span<'static>> {
 }
 
 fn upstream_spans(name: &str, upstream: &Upstream, room: usize) -> Vec<Span<'static>> {
-    let health = match upstream.health.as_str() {
-        "healthy" => GOOD,
-        "unhealthy" => BAD,
-        _ => QUIET,
+    let has_fault = !upstream.slow.is_empty() || upstream.is_header_rejected;
+    let (mark, health) = match upstream.health.as_str() {
+        "unhealthy" => ("!", BAD),
+        "healthy" if has_fault => ("!", GOOD),
+        "healthy" => (" ", GOOD),
+        _ => (" ", QUIET),
     };
     let admin = if upstream.admin == "enabled" { QUIET } else { WARN };
     vec![
-        Span::raw(format!("  {name:<room$} ")),
+        Span::styled(format!(" {mark}"), BAD),
+        Span::raw(format!("{name:<room$} ")),
         Span::styled(format!("{:<9} ", upstream.health), health),
         Span::styled(format!("{:<8}", upstream.admin), admin),
     ]
 }
 
-/// The chosen row in words.
-fn details(view: &View, model: &Model, rows: &[Row]) -> Vec<Line<'static>> {
+/// Lines below the table: the chosen row in words, and the keys.
+pub fn foot_height(scene: &Scene, width: u16) -> usize {
+    let details = scene.model.map(|model| details(scene.view, model, &scene.view.rows(model), width));
+    details.unwrap_or_default().len() + 1
+}
+
+/// The chosen row in words, and what to do about it.
+fn details(view: &View, model: &Model, rows: &[Row], width: u16) -> Vec<Line<'static>> {
     let Some(row) = rows.get(view.selected_index(rows)) else { return Vec::new() };
     let both = |of: [Option<f64>; 2]| format!("{}/{}", milliseconds(of[0]), milliseconds(of[1]));
     let numbers = row.numbers();
@@ -250,7 +287,16 @@ fn details(view: &View, model: &Model, rows: &[Row]) -> Vec<Line<'static>> {
         both(numbers.latency.first_byte),
         count(numbers.connect_failures),
     );
-    vec![Line::raw(first), Line::styled(second, QUIET)]
+    let target = row.target();
+    let is_meant = |problem: &&Problem| {
+        problem.pool == target.pool && problem.upstream == target.address.as_deref().unwrap_or_default()
+    };
+    let advice =
+        model.problems.iter().filter(is_meant).map(|problem| &problem.advice).find(|advice| !advice.is_empty());
+    let advice = advice.map(|advice| wrap(advice, usize::from(width), "> ")).unwrap_or_default();
+    let mut lines = vec![Line::raw(first), Line::styled(second, QUIET)];
+    lines.extend(advice.into_iter().map(|line| Line::styled(line, WARN)));
+    lines
 }
 
 fn key_line(scene: &Scene) -> Line<'static> {

@@ -103,7 +103,7 @@ fn once(client: &Client) -> anyhow::Result<()> {
 fn frame(model: &Model, address: &str) -> String {
     let view = View::default();
     let scene = Scene { model: Some(model), address, silence: None, view: &view };
-    let height = draw::height(&scene);
+    let height = draw::height(&scene, ONCE_WIDTH);
     let backend = TestBackend::new(ONCE_WIDTH, height);
     let mut terminal = ratatui::Terminal::new(backend).expect("a terminal in memory has no errors");
     terminal
@@ -112,8 +112,7 @@ fn frame(model: &Model, address: &str) -> String {
     let buffer = terminal.backend().buffer();
     let lines = (0..height).map(|y| (0..ONCE_WIDTH).map(|x| buffer[(x, y)].symbol()).collect::<String>());
     let mut lines: Vec<String> = lines.map(|line| line.trim_end().replacen("> ", "  ", 1)).collect();
-    // The chosen row and the keys.
-    lines.truncate(lines.len() - 3);
+    lines.truncate(lines.len() - draw::foot_height(&scene, ONCE_WIDTH));
     while lines.last().is_some_and(|line| line.is_empty()) {
         lines.pop();
     }

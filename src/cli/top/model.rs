@@ -2,15 +2,13 @@
 
 use serde_json::Value;
 
-use super::words::{Time, count, span};
+use super::words::{Time, span};
 
 /// One look at the running process.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
     /// Version of the process.
     pub version: String,
-    /// running or stopping.
-    pub state: String,
     /// By its own clock.
     pub now: Option<Time>,
     /// When it started.
@@ -27,13 +25,19 @@ pub struct Model {
     pub problems: Vec<Problem>,
 }
 
-/// What an operator has to know.
+/// What an operator has to know; the server's list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Hurts now; otherwise somebody ordered it, or it can wait.
     pub bad: bool,
-    /// One line.
+    /// Empty: of the process.
+    pub pool: String,
+    /// Empty: of the whole pool.
+    pub upstream: String,
+    /// Where, what, and since when, in one line.
     pub text: String,
+    /// What to do; may be empty.
+    pub advice: String,
 }
 
 /// Per second; `None` where the server does not say.
@@ -71,10 +75,6 @@ pub struct Pool {
     pub numbers: Numbers,
     /// In the status's order.
     pub upstreams: Vec<Upstream>,
-    /// Names whose look-ups fail, and why.
-    pub unknown_names: Vec<(String, String)>,
-    /// Has it names at all? Then it may be without upstreams.
-    pub has_names: bool,
 }
 
 /// The numbers of a row.
@@ -111,8 +111,10 @@ pub struct Upstream {
     pub header: String,
     /// Connections to it, and how they go.
     pub numbers: Numbers,
-    /// Why it seems to refuse the header, and what to change; empty: it takes it.
-    pub header_rejected: String,
+    /// connect or first_byte; empty: it is as fast as ever.
+    pub slow: String,
+    /// Does it seem to reject the header?
+    pub is_header_rejected: bool,
 }
 
 impl Upstream {
@@ -137,7 +139,6 @@ impl Model {
         let pools = status["pools"].as_object().into_iter().flatten();
         let mut model = Model {
             version: text(&status["version"]),
-            state: text(&status["state"]),
             now: time(&status["time"]),
             started: time(&status["started"]),
             open: status["connections"]["open"].as_u64(),
@@ -146,7 +147,8 @@ impl Model {
             pools: pools.map(|(name, value)| pool(name, value)).collect(),
             problems: Vec::new(),
         };
-        model.problems = problems(&model, status);
+        let found = status["problems"].as_array().into_iter().flatten();
+        model.problems = found.map(|value| problem(&model, value)).collect();
         model
     }
 
@@ -167,8 +169,6 @@ impl Model {
 
 fn pool(name: &str, value: &Value) -> Pool {
     let upstreams: Vec<Upstream> = value["upstreams"].as_array().into_iter().flatten().map(upstream).collect();
-    let names = value["names"].as_array().map_or(&[][..], Vec::as_slice);
-    let failing = names.iter().filter(|name| name["error"].is_string());
     let sum = |of: fn(&Numbers) -> Option<u64>| upstreams.iter().filter_map(|upstream| of(&upstream.numbers)).sum();
     let numbers = Numbers {
         open: Some(sum(|numbers| numbers.open)),
@@ -182,14 +182,10 @@ fn pool(name: &str, value: &Value) -> Pool {
         serving: upstreams.iter().filter(|upstream| upstream.is_serving()).count(),
         numbers,
         upstreams,
-        unknown_names: failing.map(|name| (text(&name["name"]), text(&name["error"]))).collect(),
-        has_names: !names.is_empty(),
     }
 }
 
 fn upstream(value: &Value) -> Upstream {
-    let rejected = ["reason", "change"].map(|part| text(&value["header_rejected"][part])).join("; ");
-    let rejected = rejected.trim_end_matches("; ").to_owned();
     Upstream {
         address: text(&value["address"]),
         health: text(&value["health"]),
@@ -205,7 +201,8 @@ fn upstream(value: &Value) -> Upstream {
             latency: latency(&value["latency"]),
             connect_failures: value["connect_failures"].as_u64(),
         },
-        header_rejected: rejected,
+        slow: text(&value["slow"]["phase"]),
+        is_header_rejected: value["header_rejected"].is_object(),
     }
 }
 
@@ -223,55 +220,15 @@ fn latency(value: &Value) -> Latency {
     Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms") }
 }
 
-fn problems(model: &Model, status: &Value) -> Vec<Problem> {
-    let mut found = Vec::new();
-    let mut tell = |bad: bool, text: String| found.push(Problem { bad, text });
-    for pool in model.pools.iter().filter(|pool| !pool.upstreams.is_empty() || pool.has_names) {
-        let name = &pool.name;
-        for (unknown, error) in &pool.unknown_names {
-            tell(pool.upstreams.is_empty(), format!("pool {name}: look-ups of {unknown} fail: {error}"));
-        }
-        if !pool.usable {
-            tell(true, format!("pool {name} takes no connections: no upstream is usable"));
-        } else if pool.serving == 0 {
-            tell(true, format!("pool {name}: no upstream is healthy and enabled"));
-        }
-    }
-    let last = &status["reloads"][0];
-    if last["outcome"] == "refused" {
-        let error = last["errors"][0].as_str().unwrap_or_default();
-        let first = error.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        tell(true, format!("the last reload was refused: {}", text(&first.into())));
-    }
-    for (pool, upstream) in model.pools.iter().flat_map(|pool| pool.upstreams.iter().map(move |one| (pool, one))) {
-        let Upstream { address, admin, .. } = upstream;
-        let name = format!("{} {address}", pool.name);
-        if upstream.health == "unhealthy" && admin != "disabled" {
-            tell(true, format!("{name} unhealthy {}: {}", model.since(upstream.health_since), upstream.health_reason));
-        }
-        if !admin.is_empty() && admin != "enabled" {
-            let open = count(upstream.numbers.open);
-            tell(
-                false,
-                format!("{name} {admin} {} by {}, {open} open", model.since(upstream.admin_since), upstream.admin_by),
-            );
-        }
-        if !upstream.header_rejected.is_empty() {
-            tell(true, format!("{name} refuses the header: {}", upstream.header_rejected));
-        }
-    }
-    if let (Some(open), Some(max)) = (model.open, model.open_max)
-        && max > 0
-        && open > max / 5 * 4
-    {
-        tell(true, format!("{} of at most {} connections are open", count(Some(open)), count(Some(max))));
-    }
-    if model.state == "stopping" {
-        tell(false, "the process is stopping".to_owned());
-    }
-    if let Some(lines) = status["log_lines_dropped"].as_u64().filter(|lines| *lines > 0) {
-        tell(false, format!("{} log lines dropped: nobody reads standard output fast enough", count(Some(lines))));
-    }
-    found.sort_by_key(|problem| !problem.bad);
-    found
+fn problem(model: &Model, value: &Value) -> Problem {
+    let [pool, upstream, what] = ["pool", "upstream", "what"].map(|key| text(&value[key]));
+    let place = match (pool.is_empty(), upstream.is_empty()) {
+        (true, _) => String::new(),
+        (false, true) => format!("pool {pool}: "),
+        (false, false) => format!("{pool} {upstream}: "),
+    };
+    let since = model.since(time(&value["since"]));
+    let since = if since.is_empty() { since } else { format!(", {since}") };
+    let (bad, advice) = (value["severity"] != "warn", text(&value["advice"]));
+    Problem { bad, pool, upstream, text: format!("{place}{what}{since}"), advice }
 }

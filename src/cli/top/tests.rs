@@ -23,6 +23,11 @@ fn upstream(address: &str, health: &str, reason: &str, admin: &str, per_second: 
     })
 }
 
+fn slow(mut upstream: Value) -> Value {
+    upstream["slow"] = json!({ "phase": "first_byte" });
+    upstream
+}
+
 fn status() -> Value {
     let rates = json!({
         "connections_per_s": 536.2, "failures_per_s": 2.0, "bytes_in_per_s": 380e3, "bytes_out_per_s": 48.1e6
@@ -34,7 +39,7 @@ fn status() -> Value {
         "connections": { "open": 1609, "max": 9695 }, "rates": rates,
         "pools": {
             "ingress": { "usable": true, "rates": rates, "upstreams": [
-                upstream("10.0.0.30:80", "healthy", "200 OK in 1.2 ms", "enabled", 412.0),
+                slow(upstream("10.0.0.30:80", "healthy", "200 OK in 1.2 ms", "enabled", 412.0)),
                 upstream("10.0.0.31:80", "unhealthy", "connection refused", "enabled", 0.0),
                 upstream("10.0.0.32:80", "healthy", "200 OK in 0.9 ms", "draining", 0.3),
                 upstream("[2001:db8:85a3::8a2e:370:7334]:8080", "healthy", "200 OK in 1.1 ms", "enabled", 124.0),
@@ -43,8 +48,37 @@ fn status() -> Value {
                 upstream("10.0.0.50:10025", "unhealthy", "no answer within 2 s", "enabled", 0.0),
             ] },
         },
-        "reloads": [{ "outcome": "refused", "errors": ["error: no pool named \"ingres\"; did you mean \"ingress\"?\n  --> preface.toml:3:8"] }],
+        "problems": [
+            problem("bad", [Some("mail"), None], "takes no connections", None, "mend one of its upstreams, see below"),
+            problem("bad", [None, None], "the last reload was refused", Some("2026-11-21T04:36:00.000Z"), "correct the file"),
+            problem(
+                "bad",
+                [Some("ingress"), Some("10.0.0.30:80")],
+                "slow to first byte: 101 ms, its siblings 1.1 ms, itself 1.2 ms before",
+                Some("2026-11-21T04:37:00.000Z"),
+                "its connects are as quick as ever, so it is the application there: its load, its log, what it waits for",
+            ),
+            problem(
+                "bad",
+                [Some("ingress"), Some("10.0.0.31:80")],
+                "unhealthy: connection refused",
+                Some("2026-11-21T04:26:00.000Z"),
+                "nothing listens on that address and port",
+            ),
+            problem(
+                "warn",
+                [Some("ingress"), Some("10.0.0.32:80")],
+                "draining by command line, 0 open",
+                Some("2026-11-21T04:30:00.000Z"),
+                "`preface enable ingress 10.0.0.32:80`",
+            ),
+        ],
     })
+}
+
+fn problem(severity: &str, place: [Option<&str>; 2], what: &str, since: Option<&str>, advice: &str) -> Value {
+    let [pool, upstream] = place;
+    json!({ "severity": severity, "pool": pool, "upstream": upstream, "what": what, "since": since, "advice": advice })
 }
 
 /// The screen as text.
@@ -133,9 +167,12 @@ fn a_small_terminal_or_a_status_of_another_version_breaks_nothing() {
 
 #[test]
 fn names_cannot_move_the_cursor() {
-    let model = Model::of_status(&json!({ "pools": { "a\x1b[2Jb": { "upstreams": [
-        upstream("x\r\ny", "unhealthy", "bad\x07 \u{9b}1m", "enabled", 1.0),
-    ] } } }));
+    let model = Model::of_status(&json!({
+        "pools": { "a\x1b[2Jb": { "upstreams": [
+            upstream("x\r\ny", "unhealthy", "bad\x07 \u{9b}1m", "enabled", 1.0),
+        ] } },
+        "problems": [problem("bad", [Some("a\x1b[2Jb"), Some("x\r\ny")], "bad\x07", Some("soon"), "\u{9b}1m")],
+    }));
     let text = shown(&model, &View::default(), 100, 20);
     assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
 }
@@ -175,8 +212,8 @@ fn rows_are_sorted_and_filtered_and_the_chosen_one_stays_chosen() {
     assert_eq!(view.selected_index(&view.rows(&model)), 3);
     press(&mut view, &model, "s");
     assert_eq!(view.sort, Sort::State);
-    assert_eq!(addresses(&view)[..3], ["10.0.0.31:80", "10.0.0.50:10025", "10.0.0.32:80"]);
-    assert_eq!(view.selected_index(&view.rows(&model)), 2, "10.0.0.32:80 as before");
+    assert_eq!(addresses(&view)[..4], ["10.0.0.31:80", "10.0.0.50:10025", "10.0.0.30:80", "10.0.0.32:80"]);
+    assert_eq!(view.selected_index(&view.rows(&model)), 3, "10.0.0.32:80 as before");
     press(&mut view, &model, "sssss");
     assert_eq!(view.sort, Sort::Pool);
     for (typed, rows) in [

@@ -143,6 +143,7 @@ impl Sort {
         match self {
             Sort::Pool => 0.0,
             Sort::State if upstream.health == "unhealthy" => 0.0,
+            Sort::State if !upstream.slow.is_empty() || upstream.is_header_rejected => 0.5,
             Sort::State if upstream.admin != "enabled" => 1.0,
             Sort::State if upstream.health != "healthy" => 2.0,
             Sort::State => 3.0,

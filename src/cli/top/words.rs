@@ -94,6 +94,25 @@ pub fn tail(text: &str, width: usize) -> String {
     std::iter::once('…').chain(rest).collect()
 }
 
+/// Lines of at most this width, broken at spaces; the first begins with `mark`, the others are as far in.
+pub fn wrap(text: &str, width: usize, mark: &str) -> Vec<String> {
+    let indent = " ".repeat(mark.chars().count());
+    let mut lines = vec![mark.to_owned()];
+    for word in text.split(' ').filter(|word| !word.is_empty()) {
+        let line = lines.last_mut().expect("there is a first one");
+        let is_empty = line.chars().count() == indent.len();
+        if !is_empty && line.chars().count() + 1 + word.chars().count() > width {
+            lines.push(format!("{indent}{word}"));
+            continue;
+        }
+        if !is_empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +140,13 @@ mod tests {
         assert_eq!(time.clock(), "04:38:07");
         assert_eq!(time.seconds_since(Time::parse("2026-11-21T04:37:00Z").unwrap()), 67);
         assert_eq!(Time::parse("yesterday"), None);
+    }
+
+    #[test]
+    fn long_lines_are_broken_at_spaces() {
+        assert_eq!(wrap("one two three four", 9, "! "), ["! one two", "  three", "  four"]);
+        assert_eq!(wrap("abcdefghijklm no", 5, "- "), ["- abcdefghijklm", "  no"]);
+        assert_eq!(wrap("", 0, "! "), ["! "]);
     }
 
     #[test]

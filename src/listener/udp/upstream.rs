@@ -38,7 +38,7 @@ impl Udp {
             let indices = pool.upstreams.iter().enumerate();
             let indices = indices.filter(|(_, upstream)| tried.iter().any(|life| Arc::ptr_eq(life, &upstream.life)));
             let indices: Vec<usize> = if tried.is_empty() { Vec::new() } else { indices.map(|(at, _)| at).collect() };
-            let picked = pool.pick(&indices).map_err(|error| match error {
+            let picked = pool.pick(Some(client.ip()), &indices).map_err(|error| match error {
                 PickError::None => DropReason::NoUpstream,
                 PickError::Full => DropReason::UpstreamsFull,
                 PickError::Tried => reason.unwrap_or(DropReason::NoUpstream),

@@ -27,6 +27,11 @@ impl Bound {
         Ok(Bound { socket: unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? } })
     }
 
+    /// Another descriptor of the same socket.
+    pub fn lend(&self) -> io::Result<Socket> {
+        self.socket.get_ref().try_clone()
+    }
+
     /// Receives a batch. One that is not full means that the socket is empty now.
     pub fn poll_receive(&self, cx: &mut Context<'_>, batch: &mut Batch) -> Poll<io::Result<()>> {
         loop {

@@ -1,6 +1,7 @@
 //! The program under test, as its user runs it: a configuration file, a process, an admin socket.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -44,7 +45,7 @@ pub fn preface_as(user: &User, config: &str) -> Balancer {
     Balancer::start(|directory| user.command(Path::new(env!("CARGO_BIN_EXE_preface")), directory), config)
 }
 
-/// `preface` started by a command of the caller's, which gets its arguments at the end.
+/// `preface` by a command that is made for its directory.
 #[track_caller]
 pub fn preface_by(command: impl FnOnce(&Path) -> Command, config: &str) -> Balancer {
     Balancer::start(command, config)
@@ -60,13 +61,26 @@ impl Balancer {
         let config = complete(config, directory.path(), &mut ports);
         std::fs::write(&file, config).expect("the configuration is written");
         command.arg("run").arg("--config").arg(&file).env("RUNTIME_DIRECTORY", directory.path());
-        for variable in ["PREFACE_CONFIG", "PREFACE_ADMIN", "NOTIFY_SOCKET", "LISTEN_FDS"] {
-            command.env_remove(variable);
+        // What the test itself sets, stays.
+        let set: Vec<OsString> =
+            command.get_envs().filter_map(|(name, value)| value.map(|_| name.to_owned())).collect();
+        for variable in [
+            "PREFACE_CONFIG",
+            "PREFACE_ADMIN",
+            "NOTIFY_SOCKET",
+            "LISTEN_FDS",
+            "LISTEN_PID",
+            "LISTEN_FDNAMES",
+            "WATCHDOG_USEC",
+        ] {
+            if !set.iter().any(|name| name == variable) {
+                command.env_remove(variable);
+            }
         }
         let process = Process::start(&mut command);
         let mut balancer = Balancer { process, directory, ports };
         eventually("preface is ready", || {
-            assert!(balancer.process.is_running(), "preface ended at its start");
+            assert!(balancer.process.is_running(), "preface ended at its start: {}", balancer.process.stderr.text());
             balancer.try_ask("GET", "/readyz").is_ok_and(|response| response.status == 200).then_some(())
         });
         balancer

@@ -22,7 +22,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use balancer::{Balancer, preface, preface_as, preface_in};
+pub use balancer::{Balancer, preface, preface_as, preface_by, preface_in};
 pub use process::{Output, Process};
 pub use receiver::{Arrival, Receiver};
 

@@ -20,7 +20,7 @@ pub struct Seen {
 
 /// A running nginx; see `tests/peers/nginx.conf`.
 pub struct Nginx {
-    _process: Process,
+    process: Process,
     directory: TempDir,
     /// HTTP that requires a header, on 127.0.0.1 and ::1.
     pub headers: u16,
@@ -57,12 +57,22 @@ pub fn nginx() -> Nginx {
     let mut command = Command::new(program("nginx"));
     command.arg("-p").arg(&dir).arg("-c").arg(&file).arg("-e").arg(directory.path().join("error.log"));
     let process = Process::start(&mut command);
-    let nginx = Nginx { _process: process, directory, headers, plain, stream, websocket };
+    let nginx = Nginx { process, directory, headers, plain, stream, websocket };
     wait_until_listening("nginx", plain);
     nginx
 }
 
 impl Nginx {
+    /// The UNIX socket of the HTTP server that requires headers.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("headers.sock")
+    }
+
+    /// What the server that requires headers has logged, as it stands there.
+    pub fn header_lines(&self) -> Vec<String> {
+        self.lines("headers.log")
+    }
+
     /// Waits until the server that requires headers has logged so many requests, and returns all of them.
     ///
     /// The header's address and the one that nginx takes for the client because of it must be the same in each line.
@@ -78,6 +88,15 @@ impl Nginx {
     pub fn plain_requests(&self) -> Vec<String> {
         // The first one was the question whether it listens.
         self.lines("plain.log").into_iter().skip(1).collect()
+    }
+
+    /// What an operator does by mistake: the server that required a header takes none from now on.
+    #[track_caller]
+    pub fn take_no_header(&self) {
+        let file = self.directory.path().join("nginx.conf");
+        let text = std::fs::read_to_string(&file).expect("the configuration is there");
+        std::fs::write(&file, text.replace(" proxy_protocol backlog", " backlog")).expect("it is written");
+        self.process.signal(rustix::process::Signal::HUP);
     }
 
     /// Everything in the error log that is worse than a notice.
@@ -125,7 +144,7 @@ fn parse_nginx(line: &str) -> Seen {
 /// A running HAProxy; see `tests/peers/haproxy.cfg`.
 pub struct Haproxy {
     process: Process,
-    _directory: TempDir,
+    directory: TempDir,
     /// HTTP that requires a header, on 127.0.0.1 and ::1.
     pub headers: u16,
     /// HTTP without a header, on 127.0.0.1.
@@ -137,12 +156,13 @@ pub struct Haproxy {
 pub fn haproxy() -> Haproxy {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let (headers, plain) = (free_port(), free_port());
+    let dir = directory.path().display().to_string();
     let config =
-        template("haproxy.cfg", &[("headers", headers.to_string().as_str()), ("plain", plain.to_string().as_str())]);
+        template("haproxy.cfg", &[("headers", &headers.to_string()), ("plain", &plain.to_string()), ("dir", &dir)]);
     let file: PathBuf = directory.path().join("haproxy.cfg");
     std::fs::write(&file, config).expect("the configuration is written");
     let process = Process::start(Command::new(program("haproxy")).arg("-db").arg("-f").arg(&file));
-    let haproxy = Haproxy { process, _directory: directory, headers, plain };
+    let haproxy = Haproxy { process, directory, headers, plain };
     wait_until_listening("HAProxy", plain);
     // That question itself leaves a line in the log; everything after it is the test's.
     haproxy
@@ -153,6 +173,11 @@ pub fn haproxy() -> Haproxy {
 }
 
 impl Haproxy {
+    /// The UNIX socket of the frontend that requires headers.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("headers.sock")
+    }
+
     /// Waits until the frontend that requires headers has logged so many requests, and returns all of them.
     #[track_caller]
     pub fn wait_for(&self, count: usize) -> Vec<Seen> {
