@@ -1,5 +1,6 @@
 //! All that may be asked of the control thread: the messages, their answers, and the handle that carries them.
 
+pub mod lookups;
 pub mod probes;
 pub mod view;
 
@@ -10,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::address::Address;
 use crate::pool::{AdminState, Observation, UpstreamLife};
+use lookups::Lookup;
 use view::{Filter, Tapped};
 
 /// Requests under way to the control thread; a sender waits when it is full.
@@ -109,6 +111,8 @@ pub enum Command {
     SetAdmin(SetAdmin, oneshot::Sender<Result<SetAdminReply, SetAdminError>>),
     /// What a health check observed.
     Observed(Vec<Observation>),
+    /// What a look-up of a name came to.
+    LookedUp(Lookup),
     /// Failed connects in a row reached the pool's limit.
     ConnectsFailed(Arc<UpstreamLife>),
     /// The status as JSON.
@@ -136,7 +140,8 @@ pub enum Command {
 pub struct SetAdmin {
     /// Name of the pool.
     pub pool: String,
-    /// An address as in the configuration or in `/status` (`10.0.0.1:80`; `10.0.0.1` means every port); `None`: all of the pool.
+    /// An address as in the configuration or in `/status` (`10.0.0.1:80`; `10.0.0.1` means every port), or a name of the
+    /// configuration, which means each of its addresses; `None`: all of the pool.
     pub address: Option<String>,
     /// What they become.
     pub state: AdminState,
@@ -212,6 +217,11 @@ impl Handle {
     /// Report what health checks saw.
     pub async fn observed(&self, observations: Vec<Observation>) -> Result<(), Stopped> {
         self.sender.send(Command::Observed(observations)).await.map_err(|_| Stopped)
+    }
+
+    /// Report what a look-up of a name came to.
+    pub async fn looked_up(&self, lookup: Lookup) -> Result<(), Stopped> {
+        self.sender.send(Command::LookedUp(lookup)).await.map_err(|_| Stopped)
     }
 
     /// Report failed connects; called by workers, never waits. Lost when the queue is full: the next failure reports again.

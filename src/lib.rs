@@ -37,6 +37,8 @@ pub mod listener;
 pub mod worker;
 /// Health checks.
 pub mod health;
+/// Names as upstreams: DNS look-ups.
+pub mod discovery;
 /// The admin API over HTTP.
 pub mod admin;
 /// The control thread: reload, signals, and the start of everything.

@@ -448,15 +448,20 @@ pub fn pool_keys(config: &Config) -> Vec<PoolKey> {
     keys
 }
 
-/// The address of an upstream in one instance of its pool.
-pub fn upstream_address(upstream: &config::Upstream, port: Option<u16>) -> Address {
+/// The address of an upstream in one instance of its pool; a name has none.
+pub fn upstream_address(upstream: &config::Upstream, port: Option<u16>) -> Option<Address> {
     upstream.address.at(port)
 }
 
 fn build_pool(pool: &Arc<config::Pool>, port: Option<u16>, inputs: &mut Inputs, now: Instant) -> Pool {
     let mut upstreams = Vec::with_capacity(pool.upstreams.len());
     for (entry, upstream) in pool.upstreams.iter().enumerate() {
-        let key = UpstreamKey { pool: pool.name.clone(), address: upstream_address(upstream, port) };
+        let Some(address) = upstream_address(upstream, port) else { continue };
+        // A name without a port, and the same address with the listener's: the first one counts.
+        if upstream.name.is_some() && upstreams.iter().any(|known: &Upstream| known.life.address == address) {
+            continue;
+        }
+        let key = UpstreamKey { pool: pool.name.clone(), address };
         let life = inputs.lives.entry(key.clone()).or_insert_with(|| UpstreamLife::new(key.address.clone()));
         let record = inputs.health.get(&key);
         let default = if pool.health_check.is_some() { Health::Unknown } else { Health::Healthy };

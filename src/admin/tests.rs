@@ -114,7 +114,7 @@ fn played_control() -> Handle {
                     let _ = reply.send(if level == "loud" { Err("not understood".to_owned()) } else { Ok(()) });
                 }
                 Command::Follow(..) => {}
-                Command::Observed(_) | Command::ConnectsFailed(_) => {}
+                Command::Observed(_) | Command::LookedUp(_) | Command::ConnectsFailed(_) => {}
             }
         }
     });

@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use crate::config::{self, Style};
+use crate::discovery::surroundings;
 
 /// Validate configuration files without binding an address
 #[derive(clap::Args, Debug)]
@@ -33,7 +34,7 @@ pub struct Outcome {
 pub fn check(path: &Path, style: Style) -> Outcome {
     let count = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
     let file = path.display();
-    match config::load(path) {
+    match config::load(path, &surroundings::for_check()) {
         Ok(parsed) => {
             let summary = match parsed.warnings.len() {
                 0 => format!("{file}: ok"),

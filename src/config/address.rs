@@ -7,10 +7,15 @@ use ipnet::IpNet;
 
 use super::error::Diagnostic;
 use super::file::{Section, Text, not_supported};
+use super::names::{Name, Records};
 use super::{AdminBind, Bind, IpBind, UpstreamAddress};
 
 /// `sockaddr_un` has 108 bytes, the last one a zero.
 const UNIX_PATH_BYTES_MAX: usize = 107;
+/// Longest name that DNS can have, a dot at its end included.
+const NAME_BYTES_MAX: usize = 254;
+/// Longest part of a name.
+const LABEL_BYTES_MAX: usize = 63;
 
 /// What systemd takes as the name of a socket.
 const FD_NAME_BYTES_MAX: usize = 255;
@@ -86,14 +91,18 @@ pub(super) fn upstream(text: &Text<'_>) -> Result<UpstreamAddress, Box<Diagnosti
     if let Some(path) = value.strip_prefix("unix:") {
         return Ok(UpstreamAddress::Unix(unix_path(text, path, "unix:/run/app.sock")?.into()));
     }
-    if value.starts_with("srv:") {
-        return Err(Box::new(not_supported(&text.span, &format!("address {value:?}"))));
-    }
     let bare = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(value);
     let (ip, port) = match bare.parse::<IpAddr>() {
         Ok(ip) => (unmapped(text, ip)?, None),
         Err(_) => {
-            let address = socket_address(text, "address", "such as \"10.0.0.30:80\" or \"[2001:db8::30]:80\"")?;
+            if let Some(address) = name(text) {
+                return address;
+            }
+            let address = socket_address(
+                text,
+                "address",
+                "such as \"10.0.0.30:80\" or \"[2001:db8::30]:80\", or a name and a port",
+            )?;
             (address.ip(), Some(address.port()))
         }
     };
@@ -189,8 +198,6 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
         _ if host == "*" && digits(after) => {
             error(format!("{value:?} is not an address")).help(format!("for every address write \":{after}\""))
         }
-        _ if is_name(host) && key == "address" => not_supported(&text.span, &format!("the name {value:?}"))
-            .help("write the IP address: \"10.0.0.30:80\"; names will be looked up in a later version"),
         _ if is_name(host) => {
             error(format!("{value:?} is a name")).help(format!("{key} takes an IP address, {examples}"))
         }
@@ -204,9 +211,47 @@ fn port(text: &str) -> Option<u16> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
+/// Letters, digits, hyphens, underscores and dots; the last part has a letter, or it would be a mistyped address.
 fn is_name(text: &str) -> bool {
     let host = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    text.bytes().any(|b| b.is_ascii_alphabetic()) && text.bytes().all(host)
+    let last = text.strip_suffix('.').unwrap_or(text).rsplit('.').next().unwrap_or_default();
+    last.bytes().any(|b| b.is_ascii_alphabetic()) && text.bytes().all(host)
+}
+
+/// `name`, `name:port` and `srv:name`; `None`: it is not written as one of them.
+fn name(text: &Text<'_>) -> Option<Result<UpstreamAddress, Box<Diagnostic>>> {
+    let (host, records) = match text.value.strip_prefix("srv:") {
+        Some(host) => (host, Records::Services),
+        None => (text.value, Records::Addresses),
+    };
+    let (host, after) = host.split_once(':').map_or((host, None), |(host, after)| (host, Some(after)));
+    let is_elsewhat = !is_name(host) || after.is_some_and(|after| after.contains([':', '/']));
+    if records == Records::Addresses && is_elsewhat {
+        return None;
+    }
+    let error = |message: String| Diagnostic::error(&text.span, message);
+    let labels = || host.strip_suffix('.').unwrap_or(host).split('.');
+    let number = after.and_then(port).filter(|port| *port != 0);
+    Some(Err(Box::new(match (records, after) {
+        (Records::Services, Some(_)) => error(format!("{:?} has a port", text.value)).help(format!(
+            "SRV records say the port themselves: write \"srv:{host}\", or \"{}\" without srv:",
+            &text.value[4..]
+        )),
+        _ if !is_name(host) => {
+            error(format!("{host:?} is not a name")).help("for example \"srv:_http._tcp.web.example.com\"")
+        }
+        _ if host.len() > NAME_BYTES_MAX || labels().any(|label| label.is_empty() || label.len() > LABEL_BYTES_MAX) => {
+            error(format!("{host:?} is not a name"))
+                .help("between its dots a name has 1 to 63 characters, and 253 in all")
+        }
+        (_, Some(written)) if number.is_none() => error(format!("{:?} has no port after the colon", text.value))
+            .label(format!("{written:?}"))
+            .help("a port is a number from 1 to 65535"),
+        _ => {
+            let name = Name { host: host.to_ascii_lowercase(), records };
+            return Some(Ok(UpstreamAddress::Name(name, number)));
+        }
+    })))
 }
 
 /// `::ffff:10.0.0.1` and `10.0.0.1` are one address; only one spelling is taken, so that equal means equal.

@@ -25,7 +25,10 @@ pub fn diff(old: &Config, new: &Config) -> Vec<String> {
     for (name, change) in changes(&old.pools, &new.pools) {
         let what = format!("pool {name:?}");
         match change {
-            Change::Added(pool) => lines.list.push(format!("{what} added: upstreams {}", comma(&pool.upstreams))),
+            Change::Added(pool) => {
+                let written: Vec<&Upstream> = pool.upstreams.iter().filter(|one| one.name.is_none()).collect();
+                lines.list.push(format!("{what} added: upstreams {}", comma(&written)));
+            }
             Change::Removed => lines.list.push(format!("{what} removed")),
             Change::Changed(old, new) => changed_pool(lines.below(what), old, new),
         }
@@ -198,13 +201,16 @@ fn changed_pool(lines: &mut Lines, old: &Pool, new: &Pool) {
 }
 
 fn changed_upstreams(lines: &mut Lines, old: &[Upstream], new: &[Upstream]) {
+    // What a name stands for is no change of the file.
+    let written = |list: &[Upstream]| list.iter().filter(|upstream| upstream.name.is_none()).cloned().collect();
+    let (old, new): (Vec<Upstream>, Vec<Upstream>) = (written(old), written(new));
     let key = |upstream: &Upstream| upstream.address.clone();
     let old_by_key: BTreeMap<_, _> = old.iter().map(|upstream| (key(upstream), upstream)).collect();
     let new_by_key: BTreeMap<_, _> = new.iter().map(|upstream| (key(upstream), upstream)).collect();
     for upstream in old.iter().filter(|upstream| !new_by_key.contains_key(&key(upstream))) {
         lines.say(&format!("upstream {upstream} removed"));
     }
-    for upstream in new {
+    for upstream in &new {
         let what = format!("upstream {upstream}");
         let Some(old) = old_by_key.get(&key(upstream)) else {
             lines.say(&format!("{what} added"));

@@ -394,9 +394,11 @@ static UPSTREAM: Table = Table {
     keys: &[
         key(
             "address",
-            Kind::Text("an address such as \"10.0.0.30:80\""),
+            Kind::Text("an address such as \"10.0.0.30:80\", or a name such as \"web.example.com.:80\""),
             Default::Required,
-            "IP address and port (without a port: the listener's), or \"unix:/path\".",
+            "IP address and port, or a name and port: each of its addresses is an upstream, looked up again as its TTLs \
+             say; without a port: the listener's. \"srv:_http._tcp.example.com.\" takes ports and weights from SRV records. \
+             \"unix:/path\" is a UNIX socket.",
         ),
         key(
             "weight",

@@ -9,8 +9,10 @@ pub mod diff;
 pub mod error;
 mod file;
 mod health_check;
+pub mod hints;
 pub mod keys;
 mod listener;
+pub mod names;
 mod pool;
 pub mod schema;
 mod tlvs;
@@ -29,6 +31,8 @@ use ipnet::IpNet;
 
 pub use self::diff::{diff, reuse};
 pub use self::error::{Diagnostics, Errors, LoadError, Style};
+use self::hints::Surroundings;
+use self::names::{Name, Records};
 use crate::address::Address;
 pub use crate::proxy_protocol::Version;
 
@@ -234,7 +238,7 @@ pub struct Pool {
     pub health_check: Option<HealthCheck>,
     /// TLVs of the pool; a listener's and an upstream's override them key by key.
     pub tlvs: Tlvs,
-    /// In file order; at least one.
+    /// In file order; at least one. Behind each name the addresses that it stands for now; see `names`.
     pub upstreams: Vec<Upstream>,
 }
 
@@ -310,6 +314,8 @@ pub enum WhenNoneHealthy {
 pub struct Upstream {
     /// Where it is.
     pub address: UpstreamAddress,
+    /// The name that this address came from; `None`: it is written so.
+    pub name: Option<Arc<UpstreamAddress>>,
     /// 0..=256; 0 takes no new connections.
     pub weight: u32,
     /// Used when no other is healthy, or every other is full.
@@ -329,27 +335,42 @@ pub enum UpstreamAddress {
     Ip(IpAddr, Option<u16>),
     /// `"unix:/path"`: a UNIX stream socket.
     Unix(Arc<Path>),
+    /// A name; without a port the listener's, or that of SRV records.
+    Name(Name, Option<u16>),
 }
 
 impl UpstreamAddress {
-    /// The IP address, if it has one.
+    /// The IP address, if it is one.
     pub fn ip(&self) -> Option<IpAddr> {
         match self {
             UpstreamAddress::Ip(ip, _) => Some(*ip),
-            UpstreamAddress::Unix(_) => None,
+            UpstreamAddress::Unix(_) | UpstreamAddress::Name(..) => None,
+        }
+    }
+
+    /// The name, if it is one.
+    pub fn name(&self) -> Option<&Name> {
+        match self {
+            UpstreamAddress::Name(name, _) => Some(name),
+            UpstreamAddress::Ip(..) | UpstreamAddress::Unix(_) => None,
         }
     }
 
     /// Is the port the listener's?
     pub fn takes_port(&self) -> bool {
-        matches!(self, UpstreamAddress::Ip(_, None))
+        match self {
+            UpstreamAddress::Ip(_, port) => port.is_none(),
+            UpstreamAddress::Name(name, port) => port.is_none() && name.records == Records::Addresses,
+            UpstreamAddress::Unix(_) => false,
+        }
     }
 
-    /// Where that is for a listener on this port.
-    pub fn at(&self, port: Option<u16>) -> Address {
+    /// Where that is for a listener on this port; a name is nowhere, its addresses are.
+    pub fn at(&self, port: Option<u16>) -> Option<Address> {
         match self {
-            UpstreamAddress::Ip(ip, own) => SocketAddr::new(*ip, own.or(port).unwrap_or_default()).into(),
-            UpstreamAddress::Unix(path) => Address::Unix(Arc::clone(path)),
+            UpstreamAddress::Ip(ip, own) => Some(SocketAddr::new(*ip, own.or(port).unwrap_or_default()).into()),
+            UpstreamAddress::Unix(path) => Some(Address::Unix(Arc::clone(path))),
+            UpstreamAddress::Name(..) => None,
         }
     }
 }
@@ -408,6 +429,24 @@ pub struct HealthCheck {
     pub proxy_protocol: CheckHeader,
     /// v2: LOCAL, or PROXY with the check's own addresses.
     pub proxy_command: CheckCommand,
+}
+
+impl HealthCheck {
+    /// As it is for one upstream: the host that HTTP names is the upstream's name, where it has one, and not its address.
+    pub fn of(&self, upstream: &Upstream, port: Option<u16>) -> HealthCheck {
+        let mut check = self.clone();
+        if let Probe::Http { host: host @ None, .. } = &mut check.probe
+            && let Some(UpstreamAddress::Name(name, own)) = upstream.name.as_deref()
+            && name.records == Records::Addresses
+        {
+            let name = name.host.trim_end_matches('.');
+            *host = Some(match self.port.or(*own).or(port) {
+                Some(80) | None => name.to_owned(),
+                Some(port) => format!("{name}:{port}"),
+            });
+        }
+        check
+    }
 }
 
 /// `health_check.protocol` and the keys that belong to it.
@@ -474,11 +513,16 @@ pub const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// A `Config` out of the text of a file, or every error that it has. `file_name` is shown in messages only.
 pub fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
-    validate::parse(file_name, text)
+    parse_in(file_name, text, &Surroundings::default())
+}
+
+/// The same, with warnings about what is probably not meant in these surroundings.
+pub fn parse_in(file_name: &str, text: &str, around: &Surroundings) -> Result<Parsed, Errors> {
+    validate::parse(file_name, text, around)
 }
 
 /// Reads a file and parses it.
-pub fn load(path: &Path) -> Result<Parsed, LoadError> {
+pub fn load(path: &Path, around: &Surroundings) -> Result<Parsed, LoadError> {
     let failed = |reason: String, next| LoadError::Read { path: path.to_owned(), reason, next };
     let read = File::open(path).and_then(|file| {
         let mut bytes = Vec::new();
@@ -503,7 +547,7 @@ pub fn load(path: &Path) -> Result<Parsed, LoadError> {
         let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
         failed(format!("not UTF-8 text (line {line})"), "TOML is UTF-8: save it so, or name another file")
     })?;
-    Ok(parse(&path.display().to_string(), text.strip_prefix('\u{feff}').unwrap_or(&text))?)
+    Ok(parse_in(&path.display().to_string(), text.strip_prefix('\u{feff}').unwrap_or(&text), around)?)
 }
 
 /// `admin.bind` alone, of a file that may be broken in every other respect; `None`: not written, or not readable.

@@ -159,7 +159,7 @@ fn parsed(section: &Section<'_>, text: &Text<'_>) -> Option<UpstreamAddress> {
 
 fn plain(address: UpstreamAddress, defaults: &PoolDefaults) -> Upstream {
     let (proxy_protocol, max_connections) = (defaults.proxy_protocol, defaults.max_connections);
-    Upstream { address, weight: 1, backup: false, proxy_protocol, max_connections, tlvs: Tlvs::default() }
+    Upstream { address, name: None, weight: 1, backup: false, proxy_protocol, max_connections, tlvs: Tlvs::default() }
 }
 
 fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Upstream>, Option<WrittenUpstream<'a>>) {
@@ -178,7 +178,8 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     };
     let Some(text) = table.text("address") else { return (None, None) };
     let upstream = parsed(table, &text);
-    let upstream = upstream.map(|address| Upstream { address, weight, backup, proxy_protocol, max_connections, tlvs });
+    let upstream =
+        upstream.map(|address| Upstream { address, name: None, weight, backup, proxy_protocol, max_connections, tlvs });
     let unclear = table.word_is_wrong("proxy_protocol");
     let proxy_protocol = table.written("proxy_protocol");
     (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), proxy_protocol, unclear }))

@@ -9,12 +9,13 @@ use toml::de::DeTable;
 
 use super::error::{Diagnostic, Diagnostics, Errors, Severity};
 use super::file::{Notes, Section, Text, nearest, quoted};
+use super::hints::Surroundings;
 use super::listener::WrittenListener;
-use super::pool::WrittenPool;
+use super::pool::{WrittenPool, WrittenUpstream};
 use super::tlvs::Levels;
 use super::{
     Admin, AdminBind, Bind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime,
-    UpstreamAddress, address, listener, pool, tlvs,
+    UpstreamAddress, address, hints, listener, pool, tlvs,
 };
 use crate::address::Address;
 
@@ -22,7 +23,7 @@ use crate::address::Address;
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 /// Reads the whole text.
-pub(super) fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
+pub(super) fn parse(file_name: &str, text: &str, around: &Surroundings) -> Result<Parsed, Errors> {
     let (document, syntax_errors) = DeTable::parse_recoverable(text);
     let notes = Notes::default();
     for error in &syntax_errors {
@@ -35,7 +36,7 @@ pub(super) fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
         );
         None
     } else {
-        Some(read(&Section::file(&notes, document.get_ref())))
+        Some(read(&Section::file(&notes, document.get_ref()), around))
     };
     let mut list = notes.into_list();
     if !syntax_errors.is_empty() {
@@ -79,7 +80,7 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Diagnostic {
     }
 }
 
-fn read(file: &Section<'_>) -> Config {
+fn read(file: &Section<'_>, around: &Surroundings) -> Config {
     let runtime = runtime(&file.table("runtime"));
     let log = log(&file.table("log"));
     let admin_section = file.table("admin");
@@ -96,6 +97,10 @@ fn read(file: &Section<'_>) -> Config {
     }
     for written in &pools {
         check_pool(file, written, &listeners);
+        let hint = |(upstream, place): (&super::Upstream, &WrittenUpstream<'_>)| {
+            hints::upstream(&place.address, &upstream.address, around)
+        };
+        written.pool.upstreams.iter().zip(&written.upstreams).filter_map(hint).for_each(|hint| file.note(hint));
     }
     let listeners = listeners.into_iter().map(|w| (w.listener.name.clone(), Arc::new(w.listener))).collect();
     let pools = pools.into_iter().map(|w| (w.pool.name.clone(), Arc::new(w.pool))).collect();
@@ -274,11 +279,11 @@ fn check_loops_and_ports(file: &Section<'_>, written: &WrittenListener<'_>, pool
                         .also(&text.span, label)
                         .help("write the upstream's port"),
                 );
-            } else if is_itself(bind, &upstream.address.at(port)) {
+            } else if let Some(target) = upstream.address.at(port).filter(|target| is_itself(bind, target)) {
                 let message =
                     format!("upstream {:?} is listener {:?} itself", place.address.value, written.listener.name);
-                let diagnostic = Diagnostic::warning(&place.address.span, message)
-                    .label(format!("connects to {}", upstream.address.at(port)));
+                let diagnostic =
+                    Diagnostic::warning(&place.address.span, message).label(format!("connects to {target}"));
                 file.note(
                     diagnostic.also(&text.span, "which is taken here").help(
                         "such a connection comes back until the limits are reached: another port is probably meant",

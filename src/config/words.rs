@@ -85,6 +85,8 @@ impl fmt::Display for UpstreamAddress {
             UpstreamAddress::Ip(ip, Some(port)) => std::net::SocketAddr::new(*ip, *port).fmt(f),
             UpstreamAddress::Ip(ip, None) => ip.fmt(f),
             UpstreamAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+            UpstreamAddress::Name(name, Some(port)) => write!(f, "{name}:{port}"),
+            UpstreamAddress::Name(name, None) => name.fmt(f),
         }
     }
 }

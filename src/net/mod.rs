@@ -12,7 +12,7 @@ pub mod unix;
 
 use std::io;
 use std::mem::{self, MaybeUninit};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
@@ -33,6 +33,12 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
 /// Has this machine IPv6 sockets at all?
 pub fn has_ipv6() -> bool {
     socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).is_ok()
+}
+
+/// Is there a way to this address? Asks the kernel's routes alone: nothing is sent.
+pub fn has_route(ip: IpAddr) -> bool {
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    UdpSocket::bind((any, 0)).and_then(|socket| socket.connect((ip, 9))).is_ok()
 }
 
 /// TCP keepalive: first probe after `idle`, then every `idle / 4` (1 s at least), four unanswered ones end the connection.

@@ -383,7 +383,7 @@ mod tests {
         let config = config::parse("test.toml", &text).unwrap().config;
         let config = Arc::clone(&config.pools["p"]);
         let upstreams = upstreams.iter().enumerate().map(|(entry, (weight, limit))| Upstream {
-            life: UpstreamLife::new(config.upstreams[entry].address.at(None)),
+            life: UpstreamLife::new(config.upstreams[entry].address.at(None).expect("an address")),
             entry,
             connections_max: *limit,
             candidate: Candidate {

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use crate::address::Address;
 use crate::config::{HeaderFormat, Protocol};
 use crate::connection::measured::{KINDS, ROUND_TRIP, SESSION};
+use crate::control::lookups::Outcome;
 use crate::metrics::Families;
 use crate::metrics::latency::{self, Buckets};
 use crate::net::limits;
@@ -57,6 +58,7 @@ impl State {
         self.upstream_states(&mut families, &upstreams);
         self.time_families(&mut families, &upstreams);
         self.check_families(&mut families, &upstreams);
+        self.name_families(&mut families);
         families.into_text()
     }
 
@@ -370,6 +372,29 @@ impl State {
             let stats = checker.stats();
             for (result, count) in [("passed", stats.passed()), ("failed", stats.failed()), ("void", stats.void())] {
                 checks.sample(&[("pool", pool), ("upstream", address), ("result", result)], count);
+            }
+        }
+    }
+
+    fn name_families(&self, families: &mut Families) {
+        let mut lookups = families.counter("preface_dns_lookups_total", "Look-ups of upstreams' names, by outcome.");
+        for (name, counts) in self.names.counts() {
+            for (outcome, count) in Outcome::ALL.iter().zip(counts.lookups) {
+                lookups.sample(&[("name", &name), ("outcome", outcome.as_str())], count);
+            }
+        }
+        let mut addresses =
+            families.gauge("preface_dns_addresses", "Addresses in the last good answer for a name; 0: there was none.");
+        for (name, counts) in self.names.counts() {
+            addresses.sample(&[("name", &name)], counts.addresses as u64);
+        }
+        let mut ages = families.gauge(
+            "preface_dns_answer_age_seconds",
+            "Since the last good answer for a name; beyond its TTL and 5 minutes, look-ups fail.",
+        );
+        for (name, counts) in self.names.counts() {
+            if let Some(age) = counts.age {
+                ages.sample(&[("name", &name)], age.as_secs_f64());
             }
         }
     }

@@ -5,6 +5,7 @@ mod admin_side;
 mod exposition;
 mod history;
 mod look;
+mod names;
 mod notify;
 mod problems;
 mod reload;
@@ -33,6 +34,7 @@ use crate::config::error::Style;
 use crate::config::{Config, Protocol};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
+use crate::discovery::Discovery;
 use crate::drain::OpenConnections;
 use crate::log;
 use crate::net;
@@ -43,6 +45,7 @@ use crate::termination::Termination;
 use crate::worker::{Message, Place, Worker};
 use admin_side::AdminSide;
 use history::History;
+use names::Names;
 use notify::Notifier;
 use slowness::SlowUpstreams;
 use state::{LogLevel, State};
@@ -94,12 +97,21 @@ async fn serve(
     mut predecessor: Option<Predecessor>,
 ) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let (handle, commands) = control::channel();
+    let (handle, mut commands) = control::channel();
     let admin = AdminSide::bind(&config.admin, predecessor.as_mut())?;
     let admin_bind = admin.address()?;
     let mut state = start_state(&file.path, &config, log, handle, inherited, admin)?;
     (state.text, state.warnings) = (file.text, file.warnings);
     (state.program, state.predecessor) = (program, predecessor);
+    let mut config = config;
+    tokio::select! {
+        () = state.wait_for_first_answers(&config, &mut commands) => {}
+        name = stop_signal(&mut signals.terminate, &mut signals.interrupt) => {
+            tracing::info!(event = "stop", signal = name, "stopped before anything was served");
+            return Ok(());
+        }
+    }
+    state.resolve(&mut config);
     let bound = state.bind(&config).map_err(|errors| anyhow!("{}", errors.join("\n")))?;
     let taken = state.take_over(&config)?;
     state.put_in_force(config, bound).await;
@@ -187,6 +199,7 @@ fn start_state(
         slow: SlowUpstreams::new(Instant::now()),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
+        names: Names::new(Discovery::new(handle.clone())),
         spare: Vec::new(),
         unresponsive: 0,
         access: Arc::default(),
@@ -304,7 +317,7 @@ async fn run_until_stopped(
                 file_changed(state, change, &mut watch).await;
             }
             _ = hangup.recv(), if state.upgrade.is_none() => {
-                reload_from_file(state, ReloadTrigger::Signal, &mut watch).await;
+                reload_from_file(state, ReloadTrigger::Signal, &mut watch, None).await;
             }
             _ = upgrade.recv() => state.begin_upgrade(None).await,
             ready = upgrade::ready(&mut state.upgrade) => {
@@ -400,10 +413,8 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     // A reply that nobody waits for any more is no error.
     match command {
         Command::Upgrade(reply) => state.begin_upgrade(Some(reply)).await,
-        Command::Reload(trigger, reply) => {
-            let report = reload_from_file(state, trigger, watch).await;
-            let _ = reply.send(report);
-        }
+        Command::Reload(trigger, reply) => reload_from_file(state, trigger, watch, Some(reply)).await,
+        Command::LookedUp(lookup) => state.looked_up(lookup).await,
         Command::SetAdmin(order, reply) => {
             let result = state.set_admin(order).await;
             let _ = reply.send(result);
@@ -437,22 +448,20 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     }
 }
 
-async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch) -> Arc<control::ReloadReport> {
-    let refused = match &state.upgrade {
-        _ if state.stopping => Some("error: the process is stopping: nothing is reloaded any more"),
-        Some(_) => Some("error: an upgrade is under way: the new process reads the file itself"),
-        None => None,
-    };
-    if let Some(refused) = refused {
-        return state.reload(trigger, Err(refused.to_owned())).await;
+async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch, reply: Option<Reply>) {
+    if let Some(refused) = state.refuses_reloads() {
+        return state.reload_when_resolved(trigger, Err(refused.to_owned()), reply).await;
     }
     let content = watch::read(&state.path);
     if let Ok(content) = &content {
         watch.delivered(ContentHash::of(content));
     }
     let content = content.map_err(|error| format!("error: {}: {error}", state.path.display()));
-    state.reload(trigger, content).await
+    state.reload_when_resolved(trigger, content, reply).await;
 }
+
+/// Whoever waits for the report of a reload.
+type Reply = oneshot::Sender<Arc<control::ReloadReport>>;
 
 async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watch) {
     let content = match change.content {
@@ -462,5 +471,5 @@ async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watc
         Err(_) if !change.last_try && watch.retry() => return,
         Err(error) => Err(format!("error: {}: {error}", state.path.display())),
     };
-    state.reload(ReloadTrigger::File, content).await;
+    state.reload_when_resolved(ReloadTrigger::File, content, None).await;
 }

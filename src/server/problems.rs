@@ -40,6 +40,8 @@ pub enum Kind {
     ReloadRefused,
     /// Nearly as many connections as there may be.
     NearlyFull,
+    /// Look-ups of a name fail.
+    LookupsFail,
     /// An upstream rejects its header, or misses one.
     HeaderRejected,
     /// An upstream failed its checks, or connects to it.
@@ -107,6 +109,7 @@ pub fn problems(status: &Value) -> Vec<Problem> {
     let mut found = of_process(status);
     for (name, pool) in status["pools"].as_object().into_iter().flatten() {
         found.extend(of_pool(name, pool, text(&status["config"])));
+        found.extend(of_names(name, pool));
         let mut of_upstreams: Vec<Problem> =
             upstreams(pool).flat_map(|upstream| of_upstream(name, upstream, upstreams(pool).count())).collect();
         of_upstreams.sort_by_key(|problem| (problem.severity, problem.kind));
@@ -188,6 +191,21 @@ fn headline(rendered: &str) -> String {
         Some(place) => format!("{first} ({place})"),
         None => first.to_owned(),
     }
+}
+
+/// Names that cannot be looked up: worse where nothing is known of an earlier time.
+fn of_names<'a>(pool_name: &'a str, pool: &'a Value) -> impl Iterator<Item = Problem> + 'a {
+    let failing = pool["names"].as_array().into_iter().flatten().filter(|name| name["error"].is_string());
+    failing.map(move |name| {
+        let kept = name["addresses"].as_array().map_or(0, Vec::len);
+        let (severity, then) = match kept {
+            0 => (Severity::Bad, "it has no addresses".to_owned()),
+            kept => (Severity::Warn, format!("its last addresses stay in use ({kept})")),
+        };
+        let what = format!("look-ups of {} fail, {then}: {}", text(&name["name"]), text(&name["error"]));
+        let advice = "ask yourself, where preface runs: `getent ahosts NAME`; /etc/resolv.conf says whom it asks";
+        Problem::new(severity, Kind::LookupsFail, what, advice).of_pool(pool_name).since(&name["failing_since"])
+    })
 }
 
 fn of_pool(name: &str, pool: &Value, file: &str) -> Option<Problem> {

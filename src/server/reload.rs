@@ -12,12 +12,15 @@ use tokio::time::timeout_at;
 use crate::address::Address;
 use crate::admin::guard::Access;
 use crate::config::error::Style;
+use crate::config::names::{self, Name};
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
+use crate::discovery::surroundings;
 use crate::net::limits;
 use crate::net::listen;
 use crate::net::unix::SocketFile;
 use crate::pool::UpstreamKey;
+use crate::server::names::log_changes;
 use crate::server::state::{Deadline, LogLevel, State, renamed_pools, upstream_keys};
 use crate::snapshot::{self, At, SocketKey};
 use crate::worker::Message;
@@ -29,10 +32,15 @@ pub fn parse(path: &Path, content: &[u8]) -> Result<(Parsed, String), Vec<String
         vec![format!("error: {name}: not UTF-8 after byte {}; save the file as UTF-8", error.valid_up_to())]
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    match config::parse(&name, text) {
+    match config::parse_in(&name, text, &surroundings::here()) {
         Ok(parsed) => Ok((parsed, text.to_owned())),
         Err(errors) => Err(errors.render(Style::Plain)),
     }
+}
+
+/// The names in a configuration that can be used.
+pub fn names_in(path: &Path, content: &[u8]) -> Option<BTreeSet<Name>> {
+    parse(path, content).ok().map(|(parsed, _)| names::names(&parsed.config))
 }
 
 /// A reload waits this long at most for sockets of an earlier one to close; they take 0.1 s.
@@ -71,7 +79,9 @@ impl State {
             Err(errors) => report.errors = errors,
             Ok((parsed, text)) => {
                 report.warnings = parsed.warnings.render(Style::Plain);
-                let new = diff::reuse(&self.config, parsed.config);
+                let mut new = parsed.config;
+                self.resolve(&mut new);
+                let new = diff::reuse(&self.config, new);
                 report.changes = diff::diff(&self.config, &new);
                 match self.apply(new).await {
                     Err(errors) => {
@@ -87,6 +97,7 @@ impl State {
                 }
             }
         }
+        self.look_up_what_is_configured();
         report.duration_ms = begun.elapsed().as_secs_f64() * 1000.0;
         log_report(&report);
         let report = Arc::new(report);
@@ -107,15 +118,12 @@ impl State {
 
     /// Everything that can fail has succeeded.
     pub async fn put_in_force(&mut self, new: Config, mut bound: Vec<Bound>) {
-        let old = std::mem::replace(&mut self.config, new);
-        self.inputs.connections_max = self.connections_max();
         for bound in &mut bound {
             self.inputs.slots.insert(bound.key.clone(), self.next_slot);
             self.socket_files.extend(bound.file.take().map(|file| (bound.key.clone(), file)));
             self.next_slot += 1;
         }
-        self.carry_over(&old);
-        self.forget_answers_to_other_headers(&old);
+        let old = self.go_over_to(new);
         let wanted: HashSet<SocketKey> = self.socket_keys(&self.config).into_keys().collect();
         let mut gone: Vec<(SocketKey, usize)> = Vec::new();
         self.inputs.slots.retain(|key, slot| {
@@ -127,11 +135,8 @@ impl State {
         });
         let token_file = self.config.admin.token_file.clone();
         self.access.store(Arc::new(Access { token_file, host_names: Vec::new() }));
-        self.check_what_is_configured();
-        let touched = std::mem::take(&mut self.touched);
         let before = self.snapshot.load_full();
-        let next = snapshot::build(&before, &self.config, &mut self.inputs, Some(&touched), Instant::now());
-        self.snapshot.store(Arc::new(next));
+        self.store_next();
         self.listen(bound).await;
         self.close(&gone).await;
         self.update_keepalive(&before).await;
@@ -143,6 +148,18 @@ impl State {
             self.log_level = LogLevel::configured(&self.config.log.level);
         }
         self.log.set_format(self.config.log.format);
+    }
+
+    /// Goes over to another configuration, up to the snapshot that is made of it: sees to what left, joined and stays, and
+    /// returns the one before.
+    pub fn go_over_to(&mut self, new: Config) -> Config {
+        let old = std::mem::replace(&mut self.config, new);
+        self.inputs.connections_max = self.connections_max();
+        self.carry_over(&old);
+        self.forget_answers_to_other_headers(&old);
+        self.check_what_is_configured();
+        log_changes(&old, &self.config);
+        old
     }
 
     /// The limit for all listeners together.

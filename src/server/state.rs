@@ -25,6 +25,7 @@ use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
+use crate::server::names::Names;
 use crate::server::notify::Notifier;
 use crate::server::slowness::SlowUpstreams;
 use crate::server::suspicion::Suspicion;
@@ -135,6 +136,8 @@ pub struct State {
     pub log_level: LogLevel,
     /// What was measured, by time.
     pub history: History,
+    /// Names as upstreams.
+    pub names: Names,
     /// Emptied, for the workers to fill.
     pub spare: Vec<Measured>,
     /// Workers that did not answer in time.
@@ -172,9 +175,13 @@ pub struct State {
 impl State {
     /// Stores the next snapshot if something was touched: flips that came together make one.
     pub fn publish(&mut self) {
-        if self.touched.is_empty() {
-            return;
+        if !self.touched.is_empty() {
+            self.store_next();
         }
+    }
+
+    /// Builds the next snapshot of what the configuration in force and the inputs are now, and stores it.
+    pub fn store_next(&mut self) {
         let touched = std::mem::take(&mut self.touched);
         let next =
             snapshot::build(&self.snapshot.load(), &self.config, &mut self.inputs, Some(&touched), Instant::now());
@@ -332,6 +339,9 @@ impl State {
                 Deadline::SlowStart(key) => self.slow_start_step(key, now),
             }
         }
+        if self.names.deadline().is_some_and(|deadline| deadline <= now) {
+            self.reload_pending().await;
+        }
         self.publish();
     }
 
@@ -361,7 +371,7 @@ impl State {
 
     /// When the next deadline is due.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.iter().map(|(at, _)| *at).min()
+        self.deadlines.iter().map(|(at, _)| *at).chain(self.names.deadline()).min()
     }
 
     /// An operator's order.
@@ -415,7 +425,9 @@ impl State {
         }
         let of_pool: Vec<UpstreamKey> = self.keys().into_iter().filter(|key| key.pool == order.pool).collect();
         let Some(wanted) = &order.address else { return Ok(of_pool) };
+        let named = self.addresses_of(&order.pool, wanted);
         let fits = |key: &UpstreamKey| match wanted.parse::<SocketAddr>() {
+            _ if named.contains(&key.address) => true,
             Ok(address) => key.address.ip() == Some(address),
             Err(_) => match key.address.ip() {
                 Some(address) => wanted.trim_matches(['[', ']']).parse() == Ok(address.ip()),
@@ -472,10 +484,12 @@ impl State {
             let pool = &self.config.pools[&name];
             let Some(check) = &pool.health_check else { continue };
             for upstream in &pool.upstreams {
-                let key = UpstreamKey { pool: name.clone(), address: snapshot::upstream_address(upstream, port) };
+                let Some(address) = snapshot::upstream_address(upstream, port) else { continue };
+                let key = UpstreamKey { pool: name.clone(), address };
+                let check = check.of(upstream, port);
                 let header = upstream.proxy_protocol;
-                let target = Target { key: key.clone(), check: check.clone(), header, source: pool.source.clone() };
-                targets.insert(key, target);
+                let target = Target { key: key.clone(), check, header, source: pool.source.clone() };
+                targets.entry(key).or_insert(target);
             }
         }
         self.checkers.retain(|key, _| targets.contains_key(key));
@@ -495,7 +509,8 @@ pub fn upstream_keys(config: &Config) -> Vec<UpstreamKey> {
     let mut keys = Vec::new();
     for (name, port) in snapshot::pool_keys(config) {
         for upstream in &config.pools[&name].upstreams {
-            keys.push(UpstreamKey { pool: name.clone(), address: snapshot::upstream_address(upstream, port) });
+            let address = snapshot::upstream_address(upstream, port);
+            keys.extend(address.map(|address| UpstreamKey { pool: name.clone(), address }));
         }
     }
     keys.sort();
@@ -511,7 +526,10 @@ pub fn renamed_pools(old: &Config, new: &Config) -> HashMap<String, String> {
     let mut gone: Vec<&String> = old.pools.keys().filter(|name| !new.pools.contains_key(*name)).collect();
     let mut renamed = HashMap::new();
     for name in new.pools.keys().filter(|name| !old.pools.contains_key(*name)) {
-        let same = gone.iter().position(|before| addresses(old, before) == addresses(new, name));
+        let addresses_now = addresses(new, name);
+        // Pools whose names have no addresses have nothing to inherit.
+        let is_same = |before: &&String| !addresses_now.is_empty() && addresses(old, before) == addresses_now;
+        let same = gone.iter().position(is_same);
         if let Some(position) = same {
             renamed.insert(name.clone(), gone.remove(position).clone());
         }

@@ -13,9 +13,11 @@
 //!              open, connections, connect_failures, bytes_in, bytes_out, datagrams_in, datagrams_out,
 //!              rates: RATES, latency: LATENCY,
 //!              now_ms: { connect, first_byte },   medians of the last seconds, or null
+//!              name: null | what the file says, where it says a name,
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
-//!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ] } },
+//!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
+//!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
 //!   log: { level, by, since },
@@ -72,7 +74,7 @@ use crate::snapshot::{ListenerLife, Moved, SessionCounters};
 use crate::termination::{DropReason, Termination};
 
 /// RFC 3339 in UTC, with milliseconds.
-fn time(time: SystemTime) -> String {
+pub fn time(time: SystemTime) -> String {
     humantime::format_rfc3339_millis(time).to_string()
 }
 
@@ -117,9 +119,12 @@ impl State {
                 let open: u64 = upstreams.iter().filter_map(|upstream| upstream["open"].as_u64()).sum();
                 let (rates, latency) = (self.history.pool_rates(&name), self.history.pool_latency(&name));
                 let balance = self.config.pools.get(&name).map(|pool| pool.balance.as_str());
-                let value = json!({
+                let mut value = json!({
                     "balance": balance, "usable": usable, "open": open, "rates": rates, "latency": latency, "upstreams": upstreams
                 });
+                if let Some(names) = self.config.pools.get(&name).map(|pool| self.names_value(pool)) {
+                    value["names"] = names;
+                }
                 (name, value)
             })
             .collect();
@@ -161,6 +166,7 @@ impl State {
         }
         let mut value = json!({
             "address": key.address,
+            "name": pool.config.upstreams[upstream.entry].name.as_deref().map(ToString::to_string),
             "health": upstream.candidate.health,
             "health_reason": reason,
             "health_since": time(health.map_or(self.started, |record| record.since)),

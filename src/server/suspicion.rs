@@ -107,7 +107,9 @@ impl State {
 
 fn configured<'a>(config: &'a Config, key: &UpstreamKey) -> Option<(&'a config::Pool, &'a config::Upstream)> {
     let pool = config.pools.get(&key.pool)?;
-    let fits = |upstream: &&config::Upstream| snapshot::upstream_address(upstream, key.address.port()) == key.address;
+    let fits = |upstream: &&config::Upstream| {
+        snapshot::upstream_address(upstream, key.address.port()).as_ref() == Some(&key.address)
+    };
     Some((pool, pool.upstreams.iter().find(fits)?))
 }
 

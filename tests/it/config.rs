@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use preface::cli;
+use preface::config::hints::Surroundings;
 use preface::config::keys::{Default, FILE, Kind, Table};
 use preface::config::{self, AdminBind, Bind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
 
@@ -30,7 +31,7 @@ fn refused(text: &str) -> String {
 
 fn load(name: &str) -> Config {
     let path = format!("config/{name}.toml");
-    let parsed = config::load(Path::new(&path)).unwrap_or_else(|error| panic!("{error}"));
+    let parsed = config::load(Path::new(&path), &Surroundings::default()).unwrap_or_else(|error| panic!("{error}"));
     assert!(parsed.warnings.is_empty(), "{path}: {}", parsed.warnings);
     parsed.config
 }
@@ -65,7 +66,9 @@ fn each_snapshot_belongs_to_a_broken_file() {
 
 #[test]
 fn a_missing_file_and_a_directory_are_said_with_what_to_do_next() {
-    let said = |path: &str| config::load(Path::new(path)).map(|_| ()).expect_err("nothing to load").to_string();
+    let said = |path: &str| {
+        config::load(Path::new(path), &Surroundings::default()).map(|_| ()).expect_err("nothing to load").to_string()
+    };
     insta::assert_snapshot!(said("tests/broken/there-is-no-such-file.toml"), @"tests/broken/there-is-no-such-file.toml: no such file; name another one with --config FILE, or try `preface demo`, which needs none");
     insta::assert_snapshot!(said("tests"), @"tests: is a directory; name the file in it");
 }

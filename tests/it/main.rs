@@ -26,6 +26,7 @@ mod load;
 mod look;
 mod measured;
 mod monitoring;
+mod names;
 mod netns;
 mod page;
 mod pools;

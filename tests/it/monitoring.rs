@@ -26,7 +26,8 @@ fn scraped() -> (Balancer, Receiver) {
         "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"p\"\n[pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n\
          [pools.p.health_check]\n\
          [listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"d\"\n\
-         [pools.d]\nupstreams = [\"127.0.0.1:9\"]\n",
+         [pools.d]\nupstreams = [\"127.0.0.1:9\"]\n\
+         [pools.n]\nupstreams = [\"localhost:9\"]\n",
         receiver.address
     );
     let lb = preface(&config);
@@ -205,8 +206,8 @@ fn every_metric_and_label_exists() {
         let labels = families.get(&name).unwrap_or_else(|| panic!("/metrics has no {name}"));
         for (label, values) in matchers.iter().filter(|(label, _)| label != "job" && label != "instance") {
             let known = labels.get(label).unwrap_or_else(|| panic!("{name} has no label {label}"));
-            // Names of listeners, pools and upstreams are the operator's.
-            if !["listener", "pool", "upstream"].contains(&label.as_str()) {
+            // Names of listeners, pools, upstreams and in DNS are the operator's.
+            if !["listener", "name", "pool", "upstream"].contains(&label.as_str()) {
                 for value in values.split('|') {
                     assert!(known.contains(value), "{name}: no {label} is called {value:?}; there are {known:?}");
                 }

@@ -454,6 +454,7 @@
       const slowest = pool.upstreams.reduce((most, upstream) => of("t:" + upstream.key).reduce((most, [, time]) => Math.max(most, time), most), 0);
       let about = pool.usable + " of " + pool.upstreams.length + " healthy and enabled";
       if (pool.value.balance) about += ", " + words(pool.value.balance);
+      for (const name of list(pool.value.names).slice(0, 5)) about += ", " + words(name.name) + " is " + list(name.addresses).length;
       about += latencies(pool.value);
       say(node.about_, about);
       say(node.more_, rows.length > UPSTREAMS_MAX ? (rows.length - UPSTREAMS_MAX) + " more, in no worse state: see /status" : "");

@@ -1,7 +1,7 @@
 //! PURE. Every upstream of a configuration, what was found there, and which line of the file to change.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use toml::de::DeTable;
 
@@ -9,7 +9,9 @@ use super::advice::{Configured, Place, Problem, problems, sent_by};
 use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
 use crate::address::Address;
-use crate::config::{Bind, Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, UpstreamAddress};
+use crate::config::{
+    Bind, Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, Upstream, UpstreamAddress,
+};
 
 /// Who meets the upstream at this address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,16 +133,18 @@ pub fn targets(config: &Config) -> Vec<Target> {
             .filter(|listener| listener.pool == pool.name)
             .map(|listener| &**listener)
             .collect();
-        for index in 0..pool.upstreams.len() {
-            found.extend(of_upstream(pool, index, &listeners));
+        let mut written = 0;
+        for upstream in &pool.upstreams {
+            // The addresses of a name stand behind it, and the file has one place for all of them.
+            written += usize::from(upstream.name.is_none());
+            found.extend(of_upstream(pool, upstream, written - 1, &listeners));
         }
     }
     found
 }
 
-fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target> {
+fn of_upstream(pool: &Pool, upstream: &Upstream, index: usize, listeners: &[&Listener]) -> Vec<Target> {
     let mut found = Vec::new();
-    let upstream = &pool.upstreams[index];
     let tlvs_of_listener = listeners.first().map(|listener| listener.tlvs.clone()).unwrap_or_default();
     let tlvs = Tlvs::merge(&upstream.tlvs, &tlvs_of_listener, &pool.tlvs);
     let new = |address: Address, role, protocol, check: Option<&HealthCheck>| {
@@ -156,9 +160,9 @@ fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target
         match upstream.address.takes_port() {
             true => {
                 let ports = of.flat_map(|listener| &listener.binds).filter_map(Bind::port);
-                ports.map(|port| upstream.address.at(Some(port))).collect()
+                ports.filter_map(|port| upstream.address.at(Some(port))).collect()
             }
-            false => [upstream.address.at(None)].into(),
+            false => upstream.address.at(None).into_iter().collect(),
         }
     };
     let check = pool.health_check.as_ref();
@@ -167,7 +171,7 @@ fn of_upstream(pool: &Pool, index: usize, listeners: &[&Listener]) -> Vec<Target
         _ => Protocol::Tcp,
     };
     // A UNIX socket has no other port to be checked on.
-    let own = check.and_then(|check| Some(UpstreamAddress::Ip(upstream.address.ip()?, Some(check.port?)).at(None)));
+    let own = check.and_then(|check| Some(Address::from(SocketAddr::new(upstream.address.ip()?, check.port?))));
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         // A pool that nobody sends to may still be looked at.
         let is_used = listeners.iter().any(|listener| listener.serves(protocol))

@@ -23,12 +23,15 @@ use self::exchange::{Subject, exchange};
 use self::judge::{Diagnosis, Expectation, Outcome, better_question, talk};
 use self::tries::{Question, Try, usual_tlvs};
 use crate::address::Address;
-use crate::config::{self, Style, Tlvs};
+use crate::config::{self, Config, Style, Tlvs, names};
+use crate::discovery::{self, surroundings};
 
 /// Upstreams that are examined at a time; one address at a time gets one connection.
 const ADDRESSES_AT_ONCE: usize = 16;
 /// Of a name with many, this many are tried until one can be reached.
 const ADDRESSES_OF_A_NAME_MAX: usize = 4;
+/// Names in a configuration are looked up within this time, or are said to be unknown.
+const LOOKUPS_TIME_MAX: Duration = Duration::from_secs(10);
 /// Whoever seems slow is asked again so often.
 const SLOW_AGAIN: usize = 2;
 /// Beyond the tries themselves: the deciding ones once more, with a better question.
@@ -198,7 +201,7 @@ async fn examine(subject: &Subject, mut question: Question, mut guessed: bool) -
 }
 
 async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
-    let parsed = match config::load(file) {
+    let parsed = match config::load(file, &surroundings::here()) {
         Ok(parsed) => parsed,
         Err(error) => {
             let style = if std::io::stderr().is_terminal() { Style::Terminal } else { Style::Plain };
@@ -210,7 +213,9 @@ async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
         }
     };
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let mut findings = examine_all(targets(&parsed.config), args.timeout).await;
+    let mut config = parsed.config;
+    let unknown = look_up(&mut config).await;
+    let mut findings = examine_all(targets(&config), args.timeout).await;
     for _ in 0..SLOW_AGAIN {
         ask_slow_ones_again(&mut findings, args.timeout).await;
     }
@@ -225,14 +230,14 @@ async fn file_against_reality(file: &Path, args: &Args) -> anyhow::Result<()> {
     let count = |meant: fn(&Finding) -> bool| findings.iter().filter(|finding| meant(finding)).count();
     let said = [
         (count(|finding| !finding.changes.is_empty()), format!("do not match {}", file.display())),
-        (count(Finding::is_unjudged), "could not be judged".to_owned()),
+        (count(Finding::is_unjudged) + unknown, "could not be judged".to_owned()),
         (count(|finding| finding.slow.is_some()), "slower than the siblings".to_owned()),
     ];
     let said: Vec<String> =
         said.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
     match said.is_empty() {
         true => Ok(()),
-        false => bail!("of {} upstreams and checks: {}", findings.len(), said.join(", ")),
+        false => bail!("of {} upstreams and checks: {}", findings.len() + unknown, said.join(", ")),
     }
 }
 
@@ -248,6 +253,23 @@ async fn ask_slow_ones_again(findings: &mut [Finding], timeout: Duration) {
         let again = exchange(&subject, attempt, &diagnosis.question, talk).await;
         diagnosis.quickened(again);
     }
+}
+
+/// Puts the addresses of names into the configuration; how many names have none, which is said.
+async fn look_up(config: &mut Config) -> usize {
+    let (mut answers, mut unknown) = (BTreeMap::new(), 0);
+    for (name, result) in discovery::look_up_once(names::names(config), LOOKUPS_TIME_MAX).await {
+        match result {
+            Ok(answered) => drop(answers.insert(name, answered.found)),
+            Err(error) => {
+                unknown += 1;
+                // Nobody may be reading; the exit status still tells.
+                let _ = writeln!(std::io::stderr(), "name {name} has no address: {}", error.message);
+            }
+        }
+    }
+    names::resolve(config, &answers);
+    unknown
 }
 
 /// Different addresses at the same time, those of one address one after the other, in the order of the targets.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use preface::config;
+use preface::config::{self, hints::Surroundings};
 use serde_json::Value;
 
 use crate::support::{Process, checker, skip};
@@ -86,7 +86,7 @@ fn every_toml_is_valid_and_draws_no_warning() {
     let found: Vec<PathBuf> = ["config", "deploy"].iter().flat_map(|directory| files(directory, "toml")).collect();
     assert!(found.len() >= 12, "{found:?}");
     for file in found {
-        let parsed = config::load(&file).unwrap_or_else(|errors| panic!("{}: {errors:?}", file.display()));
+        let parsed = config::load(&file, &Surroundings::default()).unwrap_or_else(|errors| panic!("{}: {errors:?}", file.display()));
         assert!(parsed.warnings.is_empty(), "{}: {:?}", file.display(), parsed.warnings);
     }
 }
@@ -238,7 +238,7 @@ fn compose_takes_the_compose_file() {
         let (source, _) = volume.as_str().expect("a short volume").split_once(':').expect("a source");
         assert!(file.with_file_name(source).exists(), "{source} does not exist");
     }
-    let parsed = config::load(&file.with_file_name("compose/preface/preface.toml")).expect("checked above");
+    let parsed = config::load(&file.with_file_name("compose/preface/preface.toml"), &Surroundings::default()).expect("checked above");
     let grace = preface["stop_grace_period"].as_str().and_then(|grace| grace.strip_suffix('s')?.parse().ok());
     let stopping = parsed.config.runtime.stop_delay + parsed.config.runtime.stop_timeout;
     assert!(std::time::Duration::from_secs(grace.expect("seconds")) >= stopping);

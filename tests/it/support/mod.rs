@@ -16,6 +16,7 @@ pub mod ports;
 mod process;
 pub mod receiver;
 pub mod user;
+pub mod zone;
 
 use std::fs::OpenOptions;
 use std::io::Write;
