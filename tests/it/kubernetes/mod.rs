@@ -86,7 +86,8 @@ fn every_toml_is_valid_and_draws_no_warning() {
     let found: Vec<PathBuf> = ["config", "deploy"].iter().flat_map(|directory| files(directory, "toml")).collect();
     assert!(found.len() >= 12, "{found:?}");
     for file in found {
-        let parsed = config::load(&file, &Surroundings::default()).unwrap_or_else(|errors| panic!("{}: {errors:?}", file.display()));
+        let parsed = config::load(&file, &Surroundings::default())
+            .unwrap_or_else(|errors| panic!("{}: {errors:?}", file.display()));
         assert!(parsed.warnings.is_empty(), "{}: {:?}", file.display(), parsed.warnings);
     }
 }
@@ -238,7 +239,8 @@ fn compose_takes_the_compose_file() {
         let (source, _) = volume.as_str().expect("a short volume").split_once(':').expect("a source");
         assert!(file.with_file_name(source).exists(), "{source} does not exist");
     }
-    let parsed = config::load(&file.with_file_name("compose/preface/preface.toml"), &Surroundings::default()).expect("checked above");
+    let parsed = config::load(&file.with_file_name("compose/preface/preface.toml"), &Surroundings::default())
+        .expect("checked above");
     let grace = preface["stop_grace_period"].as_str().and_then(|grace| grace.strip_suffix('s')?.parse().ok());
     let stopping = parsed.config.runtime.stop_delay + parsed.config.runtime.stop_timeout;
     assert!(std::time::Duration::from_secs(grace.expect("seconds")) >= stopping);
