@@ -70,7 +70,7 @@ use crate::server::problems::problems;
 use crate::server::slowness::Phase;
 use crate::server::state::State;
 use crate::server::suspicion::Suspicion;
-use crate::snapshot::{ListenerLife, Moved, SessionCounters};
+use crate::snapshot::{ListenerLife, Moved, SessionCounters, Snapshot};
 use crate::termination::{DropReason, Termination};
 
 /// RFC 3339 in UTC, with milliseconds.
@@ -104,6 +104,32 @@ impl State {
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
         }
+        let mut value = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "started": time(self.started),
+            "time": time(SystemTime::now()),
+            "config": self.path.display().to_string(),
+            "state": if self.stopping { "stopping" } else { "running" },
+            "workers": self.workers.len(),
+            "connections": { "open": self.open.count(), "max": self.inputs.connections_max },
+            "rates": self.history.process_rates(),
+            "ends": { "total": ends(&self.ends_total()), "last_10m": ends(&self.history.recent_ends(None)) },
+            "process": self.process_value(),
+            "snapshot": snapshot.generation,
+            "listeners": listeners,
+            "pools": self.pools_value(&snapshot),
+            "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
+            "reload_ms": self.history.reload_latency(),
+            "warnings": self.warnings,
+            "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
+            "log_lines_dropped": self.log.dropped(),
+        });
+        value["problems"] = json!(problems(&value));
+        value
+    }
+
+    fn pools_value(&self, snapshot: &Snapshot) -> Map<String, Value> {
         let mut pools: BTreeMap<String, BTreeMap<Address, Value>> = BTreeMap::new();
         for pool in snapshot.pools.values() {
             let upstreams = pools.entry(pool.name.to_string()).or_default();
@@ -111,7 +137,7 @@ impl State {
                 upstreams.insert(upstream.life.address.clone(), self.upstream_value(pool, upstream));
             }
         }
-        let pools: Map<String, Value> = pools
+        pools
             .into_iter()
             .map(|(name, upstreams)| {
                 let usable = snapshot.pools.values().filter(|pool| *pool.name == *name).all(|pool| pool.is_usable());
@@ -127,30 +153,7 @@ impl State {
                 }
                 (name, value)
             })
-            .collect();
-        let mut value = json!({
-            "version": env!("CARGO_PKG_VERSION"),
-            "pid": std::process::id(),
-            "started": time(self.started),
-            "time": time(SystemTime::now()),
-            "config": self.path.display().to_string(),
-            "state": if self.stopping { "stopping" } else { "running" },
-            "workers": self.workers.len(),
-            "connections": { "open": self.open.count(), "max": self.inputs.connections_max },
-            "rates": self.history.process_rates(),
-            "ends": { "total": ends(&self.ends_total()), "last_10m": ends(&self.history.recent_ends(None)) },
-            "process": self.process_value(),
-            "snapshot": snapshot.generation,
-            "listeners": listeners,
-            "pools": pools,
-            "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
-            "reload_ms": self.history.reload_latency(),
-            "warnings": self.warnings,
-            "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
-            "log_lines_dropped": self.log.dropped(),
-        });
-        value["problems"] = json!(problems(&value));
-        value
+            .collect()
     }
 
     fn upstream_value(&self, pool: &Arc<Pool>, upstream: &Upstream) -> Value {

@@ -58,7 +58,6 @@ fn every_kind_of_work_is_done_and_written_down() {
             assert!(row_name != "reload" || sample["failed"] == 0.0, "{candidate}");
             let works = |name: &str| row_name.contains(name) && candidate["name"].as_str().unwrap().contains("preface");
             if works("pingpong-64") || works("short") {
-                assert!(sample["workers"].as_f64() <= sample["cpu"].as_f64(), "{candidate}");
                 assert!(sample["workers"].as_f64() > Some(0.0), "{candidate}");
             }
         }

@@ -328,7 +328,7 @@
     const listeners = model.listeners.filter((listener) => listener.value.pool === name);
     const udp = listeners.some((listener) => listener.sessions);
     const tcp = !udp || listeners.some((listener) => list(listener.value.protocol).includes("tcp"));
-    const pool = { name, value, upstreams: [], usable: 0, columns: UPSTREAM.filter((column) => (column.of === "tcp" ? tcp : column.of === "udp" ? udp : true)) };
+    const pool = { name, value, upstreams: [], usable: 0, columns: UPSTREAM.filter(({ of }) => !of || { tcp, udp, "udp alone": !tcp }[of]) };
     for (const upstream of list(value.upstreams)) {
       const address = words(upstream.address);
       const key = JSON.stringify([name, address]);
@@ -432,7 +432,8 @@
     { key: "state", name: "state", className: "state" },
     { key: "open", name: "open", number: true },
     { key: "rate", name: "new", number: true },
-    { key: "plot", name: "10 min: new, first byte" },
+    { key: "plot", name: "10 min: new, first byte", of: "tcp" },
+    { key: "plot", name: "last 10 min", of: "udp alone" },
     { key: "bytes", name: "in, out", number: true },
     { key: "connect", name: "connect p50, p99", number: true, of: "tcp" },
     { key: "first", name: "first byte p50, p99", number: true, of: "tcp" },
