@@ -43,6 +43,7 @@ mod systemd;
 mod tidy;
 mod top;
 mod traffic;
+mod two_hosts;
 mod udp;
 mod udp_load;
 mod udp_netns;

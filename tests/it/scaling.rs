@@ -1,7 +1,7 @@
 //! More than one preface in front of the same upstreams: what `source_hash` has them agree on, what happens when an upstream
 //! or a replica goes, and a client on the same host as its upstream.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 
@@ -12,10 +12,11 @@ use crate::support::client::{connect, connect_from, loopback};
 use crate::support::datagrams::{Datagram, DatagramServer, ask, client_at, echo, say_ends};
 use crate::support::netns::{Namespace, Pair};
 use crate::support::ports::free_port;
+use crate::support::zone::Network;
 use crate::support::{Balancer, Process, eventually, http, preface, preface_in, program, skip, template};
 
 /// An nginx that can be stopped, and started again where it was; see `tests/peers/nginx-where.conf`.
-struct Nginx<'a> {
+pub struct Nginx<'a> {
     namespace: Option<&'a Namespace>,
     listens: Vec<SocketAddr>,
     directory: TempDir,
@@ -24,18 +25,19 @@ struct Nginx<'a> {
 
 /// How nginx saw a request.
 #[derive(Debug)]
-struct Seen {
+pub struct Seen {
     /// Where it came in.
-    server: SocketAddr,
+    pub server: SocketAddr,
     /// Which machine it came from.
-    peer: IpAddr,
+    pub peer: IpAddr,
     /// Who the header said the client is.
-    client: SocketAddr,
+    pub client: SocketAddr,
 }
 
 impl<'a> Nginx<'a> {
+    /// Starts it where `namespace` is, and waits until it listens.
     #[track_caller]
-    fn start(namespace: Option<&'a Namespace>, listens: &[SocketAddr]) -> Nginx<'a> {
+    pub fn start(namespace: Option<&'a Namespace>, listens: &[SocketAddr]) -> Nginx<'a> {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let mut nginx = Nginx { namespace, listens: listens.to_vec(), directory, process: None };
         let dir = nginx.directory.path().display().to_string();
@@ -69,15 +71,21 @@ impl<'a> Nginx<'a> {
 
 /// Asks what nginx saw of this connection; it must be the truth.
 #[track_caller]
-fn ask_where(mut stream: TcpStream) -> Seen {
+fn ask_where(stream: TcpStream) -> Seen {
+    try_where(stream).expect("an answer")
+}
+
+/// The same, where there may be no answer.
+#[track_caller]
+pub fn try_where(mut stream: TcpStream) -> io::Result<Seen> {
     let own = stream.local_addr().expect("a client has an address");
-    let answer = http::get(&mut stream, "/").expect("an answer").text();
+    let answer = http::get(&mut stream, "/")?.text();
     let fields: Vec<&str> = answer.split(' ').collect();
     let &[server_ip, server_port, peer, client_ip, client_port] = &fields[..] else { panic!("nginx said {answer:?}") };
     let address = |ip: &str, port: &str| format!("{ip}:{port}").parse().expect("nginx says addresses");
     let (server, client) = (address(server_ip, server_port), address(client_ip, client_port));
     assert_eq!(client, own, "the header names the client");
-    Seen { server, peer: peer.parse().expect("nginx says addresses"), client }
+    Ok(Seen { server, peer: peer.parse().expect("nginx says addresses"), client })
 }
 
 /// `source_hash` before these upstreams, in this order, on TCP and UDP of one port.
@@ -162,20 +170,25 @@ fn replicas_send_a_client_to_the_same_upstream_without_a_word() {
 
 /// Two hosts with a preface each, both with the address 10.232.9.9, which their clients' host reaches by two routes of equal
 /// cost; behind them a host with three upstreams.
-struct Anycast {
-    clients: Namespace,
-    hosts: [Namespace; 2],
-    upstreams: Namespace,
+pub struct Anycast {
+    /// Where the clients are: 10.232.100.1 to 10.232.100.254.
+    pub clients: Namespace,
+    /// The two hosts, each with its own /etc.
+    pub hosts: [Network; 2],
+    /// Where the upstreams are: 10.232.5.1 to 10.232.5.254.
+    pub upstreams: Namespace,
 }
 
 /// What the hosts are in the clients' routes, and to the upstreams.
-const WAYS: [(&str, &str); 2] = [("10.232.1.2", "10.232.3.2"), ("10.232.2.2", "10.232.4.2")];
+pub const WAYS: [(&str, &str); 2] = [("10.232.1.2", "10.232.3.2"), ("10.232.2.2", "10.232.4.2")];
 
 impl Anycast {
-    fn new() -> Result<Anycast, String> {
-        let hosts = [Namespace::new()?, Namespace::new()?];
+    /// Without a route to 10.232.9.9 yet; or why this machine has none of it.
+    pub fn new() -> Result<Anycast, String> {
+        let hosts = [Network::new()?, Network::new()?];
         let anycast = Anycast { clients: Namespace::new()?, hosts, upstreams: Namespace::new()? };
-        let Anycast { clients, hosts: [one, two], upstreams } = &anycast;
+        let Anycast { clients, hosts: [Network { namespace: one, .. }, Network { namespace: two, .. }], upstreams } =
+            &anycast;
         clients.cable("10.232.1.1/24", one, "10.232.1.2/24");
         clients.cable("10.232.2.1/24", two, "10.232.2.2/24");
         upstreams.cable("10.232.3.1/24", one, "10.232.3.2/24");
@@ -267,7 +280,7 @@ fn a_replica_behind_equal_cost_routes_is_taken_out_without_a_failed_client() {
              [pools.p]\nbalance = \"source_hash\"\nproxy_protocol = \"v2\"\nupstreams = [\"{a}\", \"{b}\", \"{c}\"]\n"
         )
     };
-    let start = |host: usize, order| preface_in(&anycast.hosts[host], &config(order));
+    let start = |host: usize, order| preface_in(&anycast.hosts[host].namespace, &config(order));
     let mut replicas = [start(0, [a, b, c]), start(1, [c, b, a])];
     anycast.route_to(&[0, 1]);
     let (before, hosts) = anycast.visit(port);

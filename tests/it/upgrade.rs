@@ -23,8 +23,9 @@ use crate::support::receiver::echo;
 use crate::support::{Balancer, Process, Receiver, client, eventually, http, preface_by, program, skip};
 
 /// A balancer whose program lies in its own directory, where it can be replaced; and every process that came of it.
-struct Upgraded {
-    balancer: Balancer,
+pub struct Upgraded {
+    /// Whose admin socket and configuration all of them share.
+    pub balancer: Balancer,
     /// The processes, the one that serves last.
     pids: Vec<u32>,
     others: Others,
@@ -56,12 +57,19 @@ impl Drop for Others {
 impl Upgraded {
     #[track_caller]
     fn start(config: &str) -> Upgraded {
-        let balancer = preface_by(|directory| Command::new(put_program(directory)), config);
+        Upgraded::start_by(|program| Command::new(program), config)
+    }
+
+    /// Started by the command that `command` makes of the program's path.
+    #[track_caller]
+    pub fn start_by(command: impl FnOnce(&Path) -> Command, config: &str) -> Upgraded {
+        let balancer = preface_by(|directory| command(&put_program(directory)), config);
         let (pids, others) = (vec![balancer.id()], Others::of(balancer.directory()));
         Upgraded { balancer, pids, others }
     }
 
-    fn serving(&self) -> u32 {
+    /// The process that serves.
+    pub fn serving(&self) -> u32 {
         *self.pids.last().expect("there is always one")
     }
 
@@ -71,7 +79,7 @@ impl Upgraded {
 
     /// Orders an upgrade and waits until it has happened.
     #[track_caller]
-    fn upgrade(&mut self) -> serde_json::Value {
+    pub fn upgrade(&mut self) -> serde_json::Value {
         let response = self.balancer.ask("POST", "/upgrade");
         assert_eq!(response.status, 200, "{}", response.text());
         let report = response.json();
@@ -113,8 +121,9 @@ impl Upgraded {
         errors.map(|error| error.as_str().expect("text")).collect::<Vec<_>>().join("\n")
     }
 
+    /// Waits until this process is gone.
     #[track_caller]
-    fn wait_end(&self, process: u32) {
+    pub fn wait_end(&self, process: u32) {
         eventually(&format!("process {process} ends"), || (!is_running(process)).then_some(()));
     }
 
@@ -131,7 +140,8 @@ impl Upgraded {
     }
 }
 
-fn pid(process: u32) -> Pid {
+/// As the system calls want it.
+pub fn pid(process: u32) -> Pid {
     Pid::from_raw(i32::try_from(process).expect("a process id")).expect("a process id")
 }
 
