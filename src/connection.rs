@@ -23,7 +23,7 @@ use crate::control;
 use crate::control::view::{self, Filter, Tapped};
 use crate::drain::OpenConnections;
 use crate::log;
-use crate::net::stream::{ConnectOptions, Handshake};
+use crate::net::stream::{ConnectOptions, Handshake, Read};
 use crate::net::{self, Stream};
 use crate::pool::header::HeaderPlan;
 use crate::pool::{Lease, PickError, Picked, Pool, UpstreamLife};
@@ -407,6 +407,7 @@ impl Attempt<'_> {
             source: next_source(&record.shared, &self.pool.config.source, address),
             keepalive: self.keepalive,
             fast_open: self.pool.config.fast_open,
+            writes_at_once: self.plan.format.is_some(),
         };
         let connecting = async {
             let (stream, handshake) = Stream::connect(address, &options)?;
@@ -467,8 +468,10 @@ impl Attempt<'_> {
                 let read = if is_first { self.client.read_now(scratch) } else { self.client.poll_read(cx, scratch) };
                 match read {
                     Poll::Pending => {}
-                    Poll::Ready(Ok(0)) => early.client_eof = true,
-                    Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
+                    Poll::Ready(Ok(Read { count, is_last })) => {
+                        bytes.extend_from_slice(&scratch[..count]);
+                        early.client_eof = is_last;
+                    }
                     Poll::Ready(Err(_)) => early.client_reset = true,
                 }
             } else {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use crate::net::Stream;
 use crate::net::splice::{self, Pipe, Pipes};
-use crate::net::stream::ErrorWatch;
+use crate::net::stream::{ErrorWatch, Read};
 use crate::pool::rejection::HEAD_BYTES;
 use crate::termination::Termination;
 
@@ -404,10 +404,12 @@ impl Direction {
         let count = match from.poll_read(cx, bytes) {
             Poll::Pending => return Ok(Poll::Pending),
             Poll::Ready(Err(_)) => return Err(End::Read),
-            Poll::Ready(Ok(count)) => count,
+            Poll::Ready(Ok(Read { count, is_last })) => {
+                self.eof = is_last;
+                count
+            }
         };
         if count == 0 {
-            self.eof = true;
             return Ok(Poll::Ready(()));
         }
         if let Some(head) = moved.head.as_mut().filter(|head| !head.is_read) {
@@ -420,14 +422,15 @@ impl Direction {
             BULK_READS if !from.has_urgent_data() => Mode::Splice(0),
             reads => Mode::Copy(reads.min(BULK_READS - 1)),
         };
-        let written = match to.poll_write(cx, &bytes[..count]) {
+        let bytes = &bytes[..count];
+        let written = match if self.eof { to.poll_write_last(cx, bytes) } else { to.poll_write(cx, bytes) } {
             Poll::Pending => 0,
             Poll::Ready(Err(_)) => return Err(End::Write),
             Poll::Ready(Ok(written)) => written,
         };
         moved.bytes += written;
         if written < count {
-            self.pending = bytes[written..count].to_vec();
+            self.pending = bytes[written..].to_vec();
             self.written = 0;
         }
         Ok(Poll::Ready(()))
@@ -512,5 +515,56 @@ impl Direction {
         if let Some(pipe) = self.pipe.take() {
             pipes.give_back(pipe);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+
+    use super::*;
+    use crate::net::stream::tests::{pair, segments};
+
+    struct Nobody;
+
+    impl Observer for Nobody {
+        fn to_upstream(&self, _: usize) {}
+
+        fn to_client(&self, _: usize) {}
+
+        fn awaits_answer(&self) -> bool {
+            false
+        }
+
+        fn answered(&self, _: &[u8; HEAD_BYTES]) {}
+
+        fn poll_ordered(&self, _: &mut Context<'_>) -> Option<Termination> {
+            None
+        }
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn an_answer_and_the_end_after_it_reach_the_client_in_one_segment() {
+        let (client, mut client_peer) = pair(true).await;
+        let (upstream, mut upstream_peer) = pair(true).await;
+        let before = segments(&client_peer);
+        upstream_peer.write_all(b"answer").unwrap();
+        upstream_peer.shutdown(std::net::Shutdown::Write).unwrap();
+        let asking = std::thread::spawn(move || {
+            let mut answer = Vec::new();
+            client_peer.read_to_end(&mut answer).unwrap();
+            let segments = segments(&client_peer) - before;
+            // The client has the last word, after the end of the answer.
+            client_peer.write_all(b"thanks").unwrap();
+            (answer, segments)
+        });
+        let scratch = Buffers::new(1);
+        let ended = run(&client, &upstream, Early::default(), Duration::from_secs(60), &scratch, &Nobody).await;
+        assert_eq!(ended, Termination::UpstreamClosed);
+        assert_eq!(asking.join().unwrap(), (b"answer".to_vec(), 1));
+        drop((client, upstream));
+        let mut thanks = Vec::new();
+        upstream_peer.read_to_end(&mut thanks).unwrap();
+        assert_eq!(thanks, b"thanks");
     }
 }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use preface::net::listen::{self, BindOptions};
-use preface::net::stream::ConnectOptions;
+use preface::net::stream::{ConnectOptions, Read};
 use preface::net::{Accepted, Listening, Stream};
 use preface::pool::rejection::HEAD_BYTES;
 use preface::proxy_protocol::{Addresses, Header, Transport, Version};
@@ -22,7 +22,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 /// As many as a worker has.
 const PIPES_MAX: usize = 128;
 
-const OPTIONS: ConnectOptions = ConnectOptions { source: None, keepalive: KEEPALIVE, fast_open: false };
+const OPTIONS: ConnectOptions =
+    ConnectOptions { source: None, keepalive: KEEPALIVE, fast_open: false, writes_at_once: true };
 
 /// Sees nothing and says nothing.
 struct Nobody;
@@ -77,8 +78,10 @@ async fn serve(accepted: Accepted, local: SocketAddr, upstream: SocketAddr, scra
         let scratch = &mut scratch.borrow_mut().bytes;
         match client.poll_read(cx, scratch) {
             Poll::Pending => {}
-            Poll::Ready(Ok(0)) => early.client_eof = true,
-            Poll::Ready(Ok(count)) => bytes.extend_from_slice(&scratch[..count]),
+            Poll::Ready(Ok(Read { count, is_last })) => {
+                bytes.extend_from_slice(&scratch[..count]);
+                early.client_eof = is_last;
+            }
             Poll::Ready(Err(_)) => early.client_reset = true,
         }
         let written = match upstream.poll_write(cx, &bytes) {

@@ -6,14 +6,14 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketAddrAny};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Type};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 
 use super::listen::Accepted;
 use super::splice::Pipe;
@@ -79,6 +79,17 @@ pub struct ConnectOptions {
     pub keepalive: Option<Duration>,
     /// TCP_FASTOPEN_CONNECT.
     pub fast_open: bool,
+    /// Something is written as soon as it is connected: the handshake's last ACK goes out with it, a packet less.
+    pub writes_at_once: bool,
+}
+
+/// What one read brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// Bytes; 0 is the end of the stream.
+    pub count: usize,
+    /// The stream ends after these bytes: to read once more would only say so.
+    pub is_last: bool,
 }
 
 /// When the kernel sends the SYN.
@@ -136,6 +147,10 @@ impl Stream {
             // Not every kernel has it, and it is a hint.
             let _ = super::set_option(&socket, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1);
         }
+        if options.writes_at_once {
+            // The kernel sees it as no more than a hint for this one ACK, and is back at its usual ways after it.
+            let _ = socket.set_tcp_quickack(false);
+        }
         let handshake = match socket.connect(&SockAddr::from(address)) {
             Ok(()) if options.fast_open => Handshake::WithFirstWrite,
             Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
@@ -191,15 +206,19 @@ impl Stream {
 
     /// Reads once. A short read means that the socket is empty now: readiness is given back without another call that
     /// would only say so.
-    pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    pub fn poll_read(&self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<Read>> {
         loop {
             let mut ready = ready!(self.fd.poll_read_ready(cx))?;
             match rustix::net::recv(self.fd.get_ref(), &mut *buffer, RecvFlags::empty()) {
+                Ok((_, 0)) => return Poll::Ready(Ok(Read { count: 0, is_last: true })),
                 Ok((_, count)) => {
-                    if count > 0 && count < buffer.len() && !self.may_stop_short() {
+                    let mut is_last = false;
+                    if count < buffer.len() && !self.may_stop_short() {
+                        // A FIN that epoll told of has all bytes before it; so has a reset, which is an error, too.
+                        is_last = ready.ready().is_read_closed() && !self.reported(Interest::ERROR).is_error();
                         ready.clear_ready();
                     }
-                    return Poll::Ready(Ok(count));
+                    return Poll::Ready(Ok(Read { count, is_last }));
                 }
                 Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
                 Err(rustix::io::Errno::INTR) => {}
@@ -245,9 +264,9 @@ impl Stream {
     }
 
     /// Reads once, whether the event loop knows of something to read or not. Pending does not mean to be woken.
-    pub fn read_now(&self, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    pub fn read_now(&self, buffer: &mut [u8]) -> Poll<io::Result<Read>> {
         match rustix::net::recv(self.fd.get_ref(), buffer, RecvFlags::empty()) {
-            Ok((_, count)) => Poll::Ready(Ok(count)),
+            Ok((_, count)) => Poll::Ready(Ok(Read { count, is_last: count == 0 })),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Poll::Pending,
             Err(error) => Poll::Ready(Err(error.into())),
         }
@@ -267,16 +286,38 @@ impl Stream {
     /// Was there ever urgent data? A read stops at its mark although more is queued, so a short one says nothing then,
     /// and splicing never gets past the mark.
     pub fn has_urgent_data(&self) -> bool {
-        // Looks at the readiness that epoll reported and makes no system call.
-        self.fd.try_io(Interest::PRIORITY, |_| Ok(())).is_ok()
+        // tokio's PRIORITY is also ready when the peer has sent its FIN.
+        self.reported(Interest::PRIORITY).is_priority()
+    }
+
+    /// What epoll has reported of this until now, without a system call.
+    fn reported(&self, interest: Interest) -> Ready {
+        // Cheap, and most often the answer.
+        if self.fd.try_io(interest, |_| Ok(())).is_err() {
+            return Ready::EMPTY;
+        }
+        match pin!(self.fd.ready(interest)).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(guard)) => guard.ready(),
+            _ => Ready::EMPTY,
+        }
     }
 
     /// Writes once. A short write means that the socket is full now.
     pub fn poll_write(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, bytes, SendFlags::NOSIGNAL)
+    }
+
+    /// As `poll_write`, for bytes that `shutdown_write` or the close follows at once: they leave with the FIN in one
+    /// packet.
+    pub fn poll_write_last(&self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, bytes, SendFlags::NOSIGNAL | SendFlags::MORE)
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>, bytes: &[u8], flags: SendFlags) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_write_ready(cx))?;
             self.fd.get_ref().before_write();
-            match rustix::net::send(self.fd.get_ref(), bytes, SendFlags::NOSIGNAL) {
+            match rustix::net::send(self.fd.get_ref(), bytes, flags) {
                 Ok(count) => {
                     if count < bytes.len() {
                         ready.clear_ready();
@@ -336,4 +377,97 @@ pub fn unacknowledged(socket: &impl AsFd) -> Option<usize> {
         count.assume_init()
     };
     usize::try_from(count).ok()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::future::poll_fn;
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// A connection, and its other end.
+    pub(crate) async fn pair(writes_at_once: bool) -> (Stream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let options = ConnectOptions { source: None, keepalive: None, fast_open: false, writes_at_once };
+        let (stream, handshake) = Stream::connect(&listener.local_addr().unwrap().into(), &options).unwrap();
+        stream.connected(handshake).await.unwrap();
+        poll_fn(|cx| stream.poll_write(cx, b"header")).await.unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        peer.read_exact(&mut [0; 6]).unwrap();
+        (stream, peer)
+    }
+
+    async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<Read> {
+        poll_fn(|cx| stream.poll_read(cx, buffer)).await
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn the_read_before_a_fin_that_is_there_already_is_the_last() {
+        let (stream, mut peer) = pair(true).await;
+        peer.write_all(b"answer").unwrap();
+        peer.shutdown(std::net::Shutdown::Write).unwrap();
+        let buffer = &mut [0; 64];
+        assert_eq!(read(&stream, buffer).await.unwrap(), Read { count: 6, is_last: true });
+        // Who asks all the same is told the same.
+        assert_eq!(read(&stream, buffer).await.unwrap(), Read { count: 0, is_last: true });
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_read_that_may_have_left_something_is_not_the_last() {
+        let (stream, mut peer) = pair(true).await;
+        peer.write_all(b"answer").unwrap();
+        peer.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(read(&stream, &mut [0; 6]).await.unwrap(), Read { count: 6, is_last: false });
+        assert_eq!(read(&stream, &mut [0; 6]).await.unwrap(), Read { count: 0, is_last: true });
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_reset_is_no_end_of_the_stream() {
+        let (stream, mut peer) = pair(true).await;
+        peer.write_all(b"ans").unwrap();
+        SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(peer);
+        let buffer = &mut [0; 64];
+        assert_eq!(read(&stream, buffer).await.unwrap(), Read { count: 3, is_last: false });
+        assert_eq!(read(&stream, buffer).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn urgent_data_is_told_from_a_fin() {
+        let (stream, mut peer) = pair(true).await;
+        peer.write_all(b"a").unwrap();
+        peer.shutdown(std::net::Shutdown::Write).unwrap();
+        read(&stream, &mut [0; 64]).await.unwrap();
+        assert!(!stream.has_urgent_data());
+        let (stream, peer) = pair(true).await;
+        SockRef::from(&peer).send_out_of_band(b"!").unwrap();
+        (&peer).write_all(b"after it").unwrap();
+        read(&stream, &mut [0; 64]).await.unwrap();
+        assert!(stream.has_urgent_data());
+    }
+
+    /// Segments that it has received, SYN and FIN among them.
+    pub(crate) fn segments(peer: &TcpStream) -> u32 {
+        /// Where `struct tcp_info` has tcpi_segs_in, since Linux 4.2.
+        const SEGS_IN: usize = 140;
+        let info = SockRef::from(peer);
+        let mut bytes = [0_u8; 256];
+        let mut length = bytes.len() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to `bytes`.
+        let result = unsafe {
+            let (level, option) = (libc::IPPROTO_TCP, libc::TCP_INFO);
+            libc::getsockopt(info.as_fd().as_raw_fd(), level, option, bytes.as_mut_ptr().cast(), &mut length)
+        };
+        assert!(result == 0 && length as usize >= SEGS_IN + 4, "{}", io::Error::last_os_error());
+        u32::from_ne_bytes(bytes[SEGS_IN..SEGS_IN + 4].try_into().unwrap())
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn the_last_ack_of_the_handshake_goes_out_with_the_first_write() {
+        let (_stream, plain) = pair(false).await;
+        let (_stream, saving) = pair(true).await;
+        assert_eq!(segments(&plain), segments(&saving) + 1);
+    }
 }
