@@ -85,6 +85,7 @@ struct Direction {
     /// Lent while it holds bytes, or while there are more to come.
     pipe: Option<Box<Pipe>>,
     eof: bool,
+    /// The end was passed on, or never will be.
     is_shut: bool,
 }
 
@@ -284,6 +285,8 @@ impl<'a, O: Observer> Relay<'a, O> {
             Side::Upstream => (self.upstream, self.client),
         };
         let (mut is_read, mut least, mut since) = (false, usize::MAX, Instant::now());
+        // No FIN follows: no bytes wait for it.
+        (self.up.is_shut, self.down.is_shut) = (true, true);
         loop {
             let mut moved = Moved::default();
             let (progress, ordered) = poll_fn(|cx| {
@@ -423,7 +426,8 @@ impl Direction {
             reads => Mode::Copy(reads.min(BULK_READS - 1)),
         };
         let bytes = &bytes[..count];
-        let written = match if self.eof { to.poll_write_last(cx, bytes) } else { to.poll_write(cx, bytes) } {
+        let with_fin = self.eof && !self.is_shut;
+        let written = match if with_fin { to.poll_write_last(cx, bytes) } else { to.poll_write(cx, bytes) } {
             Poll::Pending => 0,
             Poll::Ready(Err(_)) => return Err(End::Write),
             Poll::Ready(Ok(written)) => written,
