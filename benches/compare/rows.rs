@@ -296,10 +296,10 @@ fn datagrams() -> Vec<Row> {
     for (name, words, kept, max) in
         [("oneway", "one way", Kept::OneWay, 0.60), ("echo", "there and back", Kept::Echo, 0.65)]
     {
-        for (sessions, number) in [(16, "16"), (1000, "1,000")] {
+        for (sessions, number) in [(16, "16 sessions"), (1000, "1,000 sessions")] {
             rows.push(row(
                 &format!("udp-{name}-{sessions}"),
-                &format!("UDP, datagrams of 100 B {words}, {number} sessions"),
+                &format!("UDP, datagrams of 100 B {words}, {number}"),
                 Work::Datagrams { sessions, kept },
                 &[Direct, Preface, Nginx, NginxTuned],
                 vec![ratio("preface with a header on each / nginx with none", "cpu", NGINX, max)],
