@@ -147,8 +147,9 @@ pub fn members(group: Pid) -> Vec<u32> {
     let of_group = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         // After the name in parentheses: state, parent, group.
-        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-        after.split_whitespace().nth(2) == Some(&group.as_raw_nonzero().to_string())
+        let mut after = stat.rsplit_once(')').map_or("", |(_, after)| after).split_whitespace();
+        // One that has ended, and is only not waited for yet by a slow init, is none any more.
+        !matches!(after.next(), None | Some("Z" | "X")) && after.nth(1) == Some(&group.as_raw_nonzero().to_string())
     };
     pids.filter(of_group).collect()
 }
