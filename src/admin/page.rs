@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 /// What a browser may do with the page: run the one script and the one style whose SHA-256 stand here, and call the admin
 /// API that it came from. Nothing may frame it: its buttons drain production. A test says what the hashes must be.
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-wHAoYP6Cv+QdGZHnuXsS88DvbZ1sTQ9dnMESHZguvvg='; \
+    script-src 'sha256-CE+OodPzrjawEvqzyEU4wFbWJIZr4ZUm6S9e+yTs2oc='; \
     style-src 'sha256-tm0FRad5BUS32nqs0S1G8KFNJnaI/rBTz9NqasfHBNM='; \
     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 

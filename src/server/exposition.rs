@@ -334,7 +334,16 @@ impl State {
             "1 while the upstream seems to reject the header, or to miss one: see the log or the status.",
         );
         for Labelled { pool, address, key, .. } in upstreams {
-            suspected.sample(&[("pool", pool), ("upstream", address)], self.suspicions.contains_key(key));
+            let is_certain = self.suspicions.get(key).is_some_and(|suspicion| suspicion.is_certain);
+            suspected.sample(&[("pool", pool), ("upstream", address)], is_certain);
+        }
+        let mut silent = families.gauge(
+            "preface_upstream_never_answers",
+            "1 while the upstream closes without an answer, and has never given one: it rejects the header, or misses one, or never answers at all.",
+        );
+        for Labelled { pool, address, key, .. } in upstreams {
+            let is_silent = self.suspicions.get(key).is_some_and(|suspicion| !suspicion.is_certain);
+            silent.sample(&[("pool", pool), ("upstream", address)], is_silent);
         }
         let mut slow = families.gauge(
             "preface_upstream_slow",

@@ -50,6 +50,8 @@ pub enum Kind {
     ConnectsFail,
     /// An upstream has slowed.
     Slow,
+    /// An upstream has answered nobody: it rejects its header, or misses one, or it takes messages and never answers.
+    NeverAnswers,
     /// A listener drops datagrams that it should pass on.
     DatagramsDropped,
     /// An operator has taken an upstream out.
@@ -240,8 +242,13 @@ fn of_upstream(pool: &str, upstream: &Value, beside: usize) -> Vec<Problem> {
     };
     let rejected = &upstream["header_rejected"];
     if !rejected.is_null() {
-        let what = format!("header rejected: {}", text(&rejected["reason"]));
-        found.push(bad(Kind::HeaderRejected, what, text(&rejected["change"]).to_owned()).since(&rejected["since"]));
+        let (reason, advice) = (text(&rejected["reason"]), text(&rejected["change"]));
+        let problem = match rejected["certain"] == false {
+            true => Problem::new(Severity::Warn, Kind::NeverAnswers, format!("never answers: {reason}"), advice)
+                .of(pool, upstream),
+            false => bad(Kind::HeaderRejected, format!("header rejected: {reason}"), advice.to_owned()),
+        };
+        found.push(problem.since(&rejected["since"]));
     }
     let is_unhealthy = upstream["health"] == "unhealthy";
     if is_unhealthy && admin != "disabled" {
@@ -390,6 +397,13 @@ mod tests {
                 3,
                 json!({ "header_rejected": {
                 "how": "http_400", "since": "2026-11-21T04:37:00.000Z", "reason": "the last 3 were ...", "change": "write ..."
+            } }),
+            ),
+            upstream(
+                11,
+                json!({ "header_rejected": {
+                "how": "closed", "since": "2026-11-21T04:38:00.000Z", "reason": "the last 3 were ...", "change": "write ...",
+                "certain": false
             } }),
             ),
             upstream(4, json!({ "rates": { "connections_per_s": 7.0, "failures_per_s": 1.0 } })),

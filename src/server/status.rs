@@ -15,7 +15,8 @@
 //!              now_ms: { connect, first_byte },   medians of the last seconds, or null
 //!              name: null | what the file says, where it says a name,
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
-//!              header_rejected: null | { how, since, reason, change }, rejections: { reset, closed, http_400, tls_alert: N },
+//!              header_rejected: null | { how, since, reason, change, certain: bool },
+//!              rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
 //!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first

@@ -21,6 +21,8 @@ pub struct Suspicion {
     pub reason: String,
     /// What to write where.
     pub change: String,
+    /// `false`: the upstream may as well be one that takes what clients say and never answers.
+    pub is_certain: bool,
 }
 
 impl Suspicion {
@@ -31,6 +33,7 @@ impl Suspicion {
             "since": humantime::format_rfc3339_millis(self.since).to_string(),
             "reason": self.reason,
             "change": self.change,
+            "certain": self.is_certain,
         })
     }
 }
@@ -57,11 +60,14 @@ impl State {
                 continue;
             }
             let was_taken = self.inputs.lives.get(&key).is_some_and(|life| life.has_answered());
-            let (reason, change) = advice(&key, pool, upstream, Seen { rejection, in_a_row, was_taken });
+            let seen = Seen { rejection, in_a_row, was_taken };
+            let (reason, change) = advice(&key, pool, upstream, seen);
             tracing::warn!(
-                event = "header_rejected", pool = %key.pool, upstream = %key.address, reason, change,
+                event = if seen.is_certain() { "header_rejected" } else { "never_answers" },
+                pool = %key.pool, upstream = %key.address, reason, change,
             );
-            self.suspicions.insert(key, Suspicion { rejection, since: SystemTime::now(), reason, change });
+            let is_certain = seen.is_certain();
+            self.suspicions.insert(key, Suspicion { rejection, since: SystemTime::now(), reason, change, is_certain });
         }
     }
 
@@ -122,9 +128,18 @@ struct Seen {
     was_taken: bool,
 }
 
+impl Seen {
+    /// Who closes without a word, and never said one, may have taken a message.
+    fn is_certain(self) -> bool {
+        self.was_taken || self.rejection != Rejection::Closed
+    }
+}
+
 /// What was seen and is probably the matter, and what to change.
 fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, seen: Seen) -> (String, String) {
     let Seen { rejection, in_a_row, was_taken } = seen;
+    let or_never = if seen.is_certain() { "" } else { ", or takes what clients say and never answers" };
+    let clients = if seen.is_certain() { "" } else { "if its clients wait for answers: " };
     let seen = format!("the last {in_a_row} connections were {}", rejection.in_words());
     // A 400 and an alert are words of a program that read the header; a bare end is less.
     let or_all = match rejection {
@@ -140,11 +155,11 @@ fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, s
             );
             (reason, "off")
         }
-        None => (format!("{seen}: it probably requires a header, and gets none"), "v2"),
+        None => (format!("{seen}: it probably requires a header, and gets none{or_never}"), "v2"),
         Some(format) => {
             let cause = "it probably does not expect a header";
             let or = if format == HeaderFormat::V2 { ", or not this version" } else { "" };
-            (format!("{seen}, right after the {} header: {cause}{or}", format.as_str()), "off")
+            (format!("{seen}, right after the {} header: {cause}{or}{or_never}", format.as_str()), "off")
         }
     };
     let address = &key.address;
@@ -159,8 +174,9 @@ fn advice(key: &UpstreamKey, pool: &config::Pool, upstream: &config::Upstream, s
         Some(_) => "let it take the header there (nginx: listen ... proxy_protocol)",
     };
     let first = if was_taken && !or_all.is_empty() { "its log says which; if it is the header, " } else { "" };
-    let change =
-        format!("{first}{table}: proxy_protocol = \"{word}\"; or {there}; `preface doctor {address}` finds out which");
+    let change = format!(
+        "{clients}{first}{table}: proxy_protocol = \"{word}\"; or {there}; `preface doctor {address}` finds out which"
+    );
     (reason, change)
 }
 
@@ -181,6 +197,7 @@ mod tests {
             ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest, false),
             ("v1", "[\"10.0.0.1\", \"10.0.0.2\"]", Rejection::TlsAlert, false),
             ("off", "[\"10.0.0.1:80\"]", Rejection::Closed, false),
+            ("v2", "[\"10.0.0.1:80\"]", Rejection::Closed, false),
             ("v2", "[\"10.0.0.1\"]", Rejection::BadRequest, true),
             ("v2", "[\"10.0.0.1\"]", Rejection::Reset, true),
             ("off", "[\"10.0.0.1\"]", Rejection::Closed, true),

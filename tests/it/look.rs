@@ -116,6 +116,46 @@ fn ask(lb: &Balancer, request: &[u8]) {
     let _ = client.read_to_end(&mut Vec::new());
 }
 
+/// Takes what the client says until it says no more, and closes without a word.
+fn take_only(mut stream: TcpStream, arrival: &Arrival) -> io::Result<()> {
+    let mut message = arrival.behind.clone();
+    while !message.ends_with(b"\n") {
+        let mut more = [0; 64];
+        match stream.read(&mut more)? {
+            0 => break,
+            count => message.extend_from_slice(&more[..count]),
+        }
+    }
+    stream.shutdown(Shutdown::Both)
+}
+
+#[test]
+fn an_upstream_that_only_takes_messages_is_no_certain_case() {
+    let receiver = Receiver::with_header(take_only);
+    let lb = preface(&config("v2", &receiver.address.to_string(), ""));
+    for _ in 0..3 {
+        ask(&lb, b"a message\n");
+    }
+    let said = eventually("it is said", || Some(suspicion(&lb)).filter(|value| !value.is_null()));
+    assert_eq!(said["certain"], false);
+    let text = |key: &str| said[key].as_str().expect("text").replace(&receiver.address.to_string(), "ADDRESS");
+    insta::assert_snapshot!(format!("{}\n{}\n{}", text("how"), text("reason"), text("change")), @r#"
+    closed
+    the last 3 connections were closed without an answer, right after the v2 header: it probably does not expect a header, or not this version, or takes what clients say and never answers
+    if its clients wait for answers: in [pools.p]: proxy_protocol = "off"; or let it take the header there (nginx: listen ... proxy_protocol); `preface doctor ADDRESS` finds out which
+    "#);
+    assert_eq!(lb.metric("preface_upstream_header_rejected", &[("pool", "p")]), 0.0, "nobody is paged");
+    assert_eq!(lb.metric("preface_upstream_never_answers", &[("pool", "p")]), 1.0);
+    let problems = lb.status()["problems"].clone();
+    assert_eq!(
+        (&problems[0]["kind"], &problems[0]["severity"]),
+        (&"never_answers".into(), &"warn".into()),
+        "{problems}"
+    );
+    assert_eq!(accusations(&lb), 0, "{}", lb.log().text());
+    assert!(lb.log().text().contains("event=never_answers"), "{}", lb.log().text());
+}
+
 #[test]
 fn bad_clients_do_not_accuse_an_upstream_that_answers_others() {
     let receiver = Receiver::with_header(picky);

@@ -504,7 +504,7 @@
     say(node.health_, words(value.health) || "–");
     dress(node.admin_, "badge " + (ADMIN[value.admin] || ""));
     say(node.admin_, words(value.admin) || "–");
-    const faults = [value.slow && "slow", value.header_rejected && "header rejected"].filter(Boolean).join(", ");
+    const faults = [value.slow && "slow", value.header_rejected && (value.header_rejected.certain === false ? "never answers" : "header rejected")].filter(Boolean).join(", ");
     say(node.fault_, faults);
     node.fault_.hidden = !faults;
     say(node.why_, [words(value.health_reason).split("; header rejected?")[0], since(value.health_since, model.now)].filter(Boolean).join(", "));

@@ -219,7 +219,7 @@ fn upstream(value: &Value) -> Upstream {
             connect_failures: value["connect_failures"].as_u64(),
         },
         slow: text(&value["slow"]["phase"]),
-        is_header_rejected: value["header_rejected"].is_object(),
+        is_header_rejected: value["header_rejected"].is_object() && value["header_rejected"]["certain"] != false,
     }
 }
 
