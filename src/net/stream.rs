@@ -244,18 +244,14 @@ impl Stream {
         }
     }
 
-    /// Writes what the pipe holds, once. A short write means that the socket is full now.
+    /// Writes what the pipe holds, once. Unlike a short send, a short splice says nothing: a signal (a pause, a debugger)
+    /// cuts it short with room left in the socket, and no event would follow. Only EAGAIN means that the socket is full.
     pub fn poll_drain(&self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
         loop {
             let mut ready = ready!(self.fd.poll_write_ready(cx))?;
             self.fd.get_ref().before_write();
             match pipe.drain(self.fd.as_fd()) {
-                Ok(count) => {
-                    if pipe.held() > 0 {
-                        ready.clear_ready();
-                    }
-                    return Poll::Ready(Ok(count));
-                }
+                Ok(count) => return Poll::Ready(Ok(count)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),

@@ -1,17 +1,20 @@
 //! Every byte, in every order of events: sizes, bursts and gaps, half-closes, resets and slow sides, several connections
 //! at a time, however the balancer carries them, and with descriptors and pipes running out beneath it.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::fs::{MemfdFlags, memfd_create, sendfile};
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
 use crate::exchange::{Exchange, Pace, Script, Step, play, play_opened};
 use crate::hostile::{all_accounted, raise_descriptor_limit};
 use crate::support::user::User;
-use crate::support::{Balancer, skip};
+use crate::support::{Balancer, eventually, skip};
 use crate::traffic::{Lane, flood};
 
 const KIB: usize = 1024;
@@ -304,6 +307,54 @@ fn burst(mut from: &TcpStream, mut to: &TcpStream, bytes: usize) {
         scope.spawn(move || from.write_all(&vec![b'b'; bytes]).expect("a burst is taken"));
         to.read_exact(&mut vec![0; bytes]).expect("a burst arrives");
     });
+}
+
+/// Sends the pages of a file again and again, as web servers do, and counts what arrives. Such pages are many and small in
+/// a pipe.
+fn download((client, server): (TcpStream, TcpStream), file: &Arc<File>) -> Arc<AtomicUsize> {
+    let (file, received) = (Arc::clone(file), Arc::new(AtomicUsize::new(0)));
+    let counter = Arc::clone(&received);
+    std::thread::spawn(move || {
+        let mut offset = 0;
+        while let Ok(1..) = sendfile(&server, &*file, Some(&mut offset), FILE_BYTES) {
+            offset %= FILE_BYTES as u64;
+        }
+    });
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; MIB];
+        while let Ok(count @ 1..) = (&client).read(&mut buffer) {
+            counter.fetch_add(count, Ordering::Relaxed);
+        }
+    });
+    received
+}
+
+const FILE_BYTES: usize = 32 * MIB;
+
+/// A signal, whatever it was sent for, cuts a splice short with room left in the socket.
+#[test]
+fn downloads_go_on_after_the_process_was_paused() {
+    const CONNECTIONS: usize = 4;
+    const PAUSES: usize = 40;
+    let file = File::from(memfd_create("pages", MemfdFlags::CLOEXEC).expect("a file in memory"));
+    file.set_len(FILE_BYTES as u64).expect("it has pages");
+    let file = Arc::new(file);
+    let lane = Lane::new();
+    let received: Vec<_> = (0..CONNECTIONS).map(|_| download(lane.open(), &file)).collect();
+    let seen = || received.iter().map(|count| count.load(Ordering::Relaxed)).collect::<Vec<_>>();
+    let go_on = |bytes: usize, what: &str| {
+        let before = seen();
+        let all = || before.iter().zip(seen()).all(|(before, now)| now >= before + bytes).then_some(());
+        eventually(what, all);
+    };
+    go_on(16 * MIB, "the downloads are under way");
+    for pause in 1..=PAUSES {
+        lane.balancer.signal(Signal::STOP);
+        let state = || std::fs::read_to_string(format!("/proc/{}/stat", lane.balancer.id())).expect("it is there");
+        eventually("it is paused", || state().contains(") T ").then_some(()));
+        lane.balancer.signal(Signal::CONT);
+        go_on(2 * MIB, &format!("every download goes on after pause {pause}"));
+    }
 }
 
 #[test]
