@@ -108,7 +108,21 @@ pub fn packet_payload_max(socket: &impl AsFd, to: SocketAddr) -> io::Result<usiz
 
 /// Is it an address of this machine?
 pub fn is_local(ip: IpAddr) -> bool {
-    std::net::UdpSocket::bind((ip, 0)).is_ok()
+    let Ok(socket) = std::net::UdpSocket::bind((ip, 0)) else { return false };
+    let family = if ip.is_ipv6() { "ipv6" } else { "ipv4" };
+    let others_too = std::fs::read_to_string(format!("/proc/sys/net/{family}/ip_nonlocal_bind"));
+    if !others_too.is_ok_and(|value| value.trim() != "0") {
+        return true;
+    }
+    // The kernel binds whatever it is asked to, but on the way to an own address it begins at that address.
+    drop(socket);
+    let begins_at = || {
+        let any: IpAddr = if ip.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        let socket = std::net::UdpSocket::bind((any, 0))?;
+        socket.connect((ip, 1))?;
+        socket.local_addr()
+    };
+    ip.is_loopback() || begins_at().is_ok_and(|address| address.ip() == ip)
 }
 
 /// Where a datagram was sent to.
@@ -140,12 +154,13 @@ pub struct Received<'a> {
     pub bytes: &'a [u8],
     /// Each datagram but the last has this length; `None`: there is one.
     pub segment: Option<usize>,
-    /// It was longer than a buffer.
+    /// It, or what came along with it, was longer than its place.
     pub truncated: bool,
 }
 
-/// Ancillary data of one message: IP_PKTINFO or IPV6_PKTINFO, and UDP_GRO, with room to spare.
-type Control = [u64; 16];
+/// Ancillary data of one message: IP_PKTINFO or IPV6_PKTINFO, and UDP_GRO, and all that whoever made an inherited
+/// socket may have asked for: time stamps, marks, hop limits.
+type Control = [u64; 64];
 
 /// Buffers for `BATCH_MAX` messages.
 pub struct Batch {
@@ -163,7 +178,7 @@ impl Batch {
         let mut batch = Batch {
             memory: vec![0; BATCH_MAX * BUFFER_STRIDE],
             names: vec![storage(); BATCH_MAX],
-            controls: vec![Control::default(); BATCH_MAX],
+            controls: vec![[0; 64]; BATCH_MAX],
             iovecs: Vec::with_capacity(BATCH_MAX),
             headers: vec![message(); BATCH_MAX],
             filled: 0,
@@ -241,7 +256,9 @@ impl Batch {
         let header = &self.headers[index].msg_hdr;
         let (to, segment) = ancillary(header);
         let segment = segment.filter(|segment| *segment > 0 && *segment < bytes.len());
-        Some(Received { from, to, bytes, segment, truncated: header.msg_flags & libc::MSG_TRUNC != 0 })
+        // What came along may be where it was sent to, or that it is several.
+        let truncated = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
+        Some(Received { from, to, bytes, segment, truncated })
     }
 
     /// The length of each datagram but the last in one place; `None`: there is one datagram.
@@ -264,18 +281,24 @@ fn ancillary(header: &libc::msghdr) -> (Option<Destination>, Option<usize>) {
     // cmsghdr; the macros never step beyond that length.
     let mut current = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !current.is_null() {
-        // SAFETY: as above: `current` is the header of a whole message in the buffer.
-        let (level, kind, data) = unsafe { ((*current).cmsg_level, (*current).cmsg_type, libc::CMSG_DATA(current)) };
+        // SAFETY: as above: `current` is a whole message's header in the buffer.
+        let (level, kind, length) =
+            unsafe { ((*current).cmsg_level, (*current).cmsg_type, (*current).cmsg_len as usize) };
+        // SAFETY: as above.
+        let data = unsafe { libc::CMSG_DATA(current) };
+        // What found no room is cut short, and says so by its length.
+        // SAFETY: arithmetic only.
+        let holds = |size: usize| length >= unsafe { libc::CMSG_LEN(size as libc::c_uint) } as usize;
         match (level, kind) {
-            (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
-                // SAFETY: the payload of IP_PKTINFO is an in_pktinfo, which any bytes make.
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) if holds(mem::size_of::<libc::in_pktinfo>()) => {
+                // SAFETY: the whole payload of IP_PKTINFO is there: an in_pktinfo, which any bytes make.
                 let info = unsafe { data.cast::<libc::in_pktinfo>().read_unaligned() };
                 let ip = IpAddr::V4(Ipv4Addr::from(u32::from_be(info.ipi_addr.s_addr)));
                 let own = IpAddr::V4(Ipv4Addr::from(u32::from_be(info.ipi_spec_dst.s_addr)));
                 destination = Some(Destination { ip, answer_from: Source { ip: own, interface: 0 } });
             }
-            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
-                // SAFETY: the payload of IPV6_PKTINFO is an in6_pktinfo, which any bytes make.
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) if holds(mem::size_of::<libc::in6_pktinfo>()) => {
+                // SAFETY: the whole payload of IPV6_PKTINFO is there: an in6_pktinfo, which any bytes make.
                 let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
                 let ip = Ipv6Addr::from(info.ipi6_addr.s6_addr);
                 let interface = if ip.is_unicast_link_local() { info.ipi6_ifindex } else { 0 };
@@ -284,8 +307,8 @@ fn ancillary(header: &libc::msghdr) -> (Option<Destination>, Option<usize>) {
                 let answer_from = Source { ip: own.into(), interface };
                 destination = Some(Destination { ip: ip.into(), answer_from });
             }
-            (libc::SOL_UDP, libc::UDP_GRO) => {
-                // SAFETY: the payload of UDP_GRO is an int.
+            (libc::SOL_UDP, libc::UDP_GRO) if holds(mem::size_of::<libc::c_int>()) => {
+                // SAFETY: the whole payload of UDP_GRO is there: an int.
                 let length = unsafe { data.cast::<libc::c_int>().read_unaligned() };
                 segment = usize::try_from(length).ok();
             }
@@ -420,6 +443,49 @@ mod tests {
                 let mut buffer = [0; 10];
                 assert_eq!(client.recv_from(&mut buffer).unwrap(), (6, target));
             }
+        }
+    }
+
+    #[test]
+    fn what_else_an_inherited_socket_was_asked_to_tell_is_in_nobodys_way() {
+        let (socket, own) = bound("[::]:0");
+        let all_but_one = [
+            (libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 0x58),
+            (libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1),
+            (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT, 1),
+            (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1),
+            (libc::IPPROTO_IPV6, libc::IPV6_FLOWINFO, 1),
+            (libc::IPPROTO_IPV6, libc::IPV6_RECVORIGDSTADDR, 1),
+            (libc::IPPROTO_IPV6, libc::IPV6_RECVFRAGSIZE, 1),
+        ];
+        for (level, option, value) in all_but_one {
+            set_option(&socket, level, option, value).unwrap();
+        }
+        let target = SocketAddr::new("::1".parse().unwrap(), own.port());
+        std::net::UdpSocket::bind("[::1]:0").unwrap().send_to(b"question", target).unwrap();
+        let mut batch = Batch::new();
+        batch.receive(&socket, BATCH_MAX).unwrap();
+        let received = batch.received(0).unwrap();
+        assert_eq!((received.bytes, received.truncated), (&b"question"[..], false));
+        assert_eq!(received.to.unwrap().ip, target.ip());
+    }
+
+    #[test]
+    fn what_was_cut_short_is_not_read() {
+        let mut control = [u64::MAX; 8];
+        let mut header = message().msg_hdr;
+        header.msg_control = (&raw mut control).cast();
+        for (level, kind) in [
+            (libc::IPPROTO_IP, libc::IP_PKTINFO),
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO),
+            (libc::SOL_UDP, libc::UDP_GRO),
+        ] {
+            // As the kernel leaves it: the length is that of what is there.
+            let cut = libc::cmsghdr { cmsg_len: 18, cmsg_level: level, cmsg_type: kind };
+            header.msg_controllen = 18;
+            // SAFETY: the buffer is aligned for a cmsghdr, and longer.
+            unsafe { header.msg_control.cast::<libc::cmsghdr>().write(cut) };
+            assert_eq!(ancillary(&header), (None, None), "{level} {kind}");
         }
     }
 
