@@ -316,13 +316,14 @@ pub fn build(
         pools.insert(key, built);
     }
     inputs.tables.forget_unused();
+    let share = sessions_share(config, inputs.connections_max);
     let mut slots = BTreeMap::new();
     for listener in config.listeners.values() {
         for key in socket_keys(listener, inputs) {
             let Some(slot) = inputs.slots.get(&key).copied() else { continue };
             let pool_config = &config.pools[&listener.pool];
             let pool = &pools[&pool_key(pool_config, key.port())];
-            slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, inputs));
+            slots.insert(slot, build_listener(previous.slots.get(&slot), listener, pool, share, inputs));
         }
     }
     Snapshot {
@@ -491,10 +492,11 @@ fn build_listener(
     before: Option<&Arc<Listener>>,
     config: &Arc<config::Listener>,
     pool: &Arc<Pool>,
+    share: usize,
     inputs: &mut Inputs,
 ) -> Arc<Listener> {
     let unchanged = before.filter(|before| Arc::ptr_eq(&before.config, config));
-    let sessions_max = sessions_max(config, &pool.config, inputs);
+    let sessions_max = sessions_max(config, &pool.config, share, inputs.ports);
     if let Some(before) = unchanged
         && Arc::ptr_eq(&before.pool, pool)
         && before.sessions_max == sessions_max
@@ -514,11 +516,19 @@ fn build_listener(
 const SESSIONS_MAX: usize = 16_384;
 
 /// Each session takes a local port, for the whole machine and whatever the upstream, and a descriptor.
-fn sessions_max(listener: &config::Listener, pool: &config::Pool, inputs: &Inputs) -> usize {
+fn sessions_max(listener: &config::Listener, pool: &config::Pool, share: usize, ports: usize) -> usize {
     match listener.max_sessions {
-        0 => SESSIONS_MAX.min(inputs.ports / 2 * pool.source.len().max(1)).min(inputs.connections_max).max(1),
+        0 => SESSIONS_MAX.min(ports / 2 * pool.source.len().max(1)).min(share).max(1),
         limit => limit,
     }
+}
+
+/// What one UDP listener may have of the process's connections: sources are easily forged, and must not take the places
+/// of TCP's clients, or of another UDP listener's.
+fn sessions_share(config: &Config, connections_max: usize) -> usize {
+    let serving = |protocol| config.listeners.values().filter(|listener| listener.serves(protocol)).count();
+    let for_udp = if serving(Protocol::Tcp) > 0 { connections_max / 2 } else { connections_max };
+    for_udp / serving(Protocol::Udp).max(1)
 }
 
 fn plan_headers(listener: &config::Listener, pool: &config::Pool) -> Vec<HeaderPlan> {

@@ -492,9 +492,14 @@ impl Udp {
                     core.dropped(*reason, drops[*reason as usize], now);
                 }
                 rest = &rest[sent.done..];
-                let Some(failure) = sent.failure else { break };
-                reason = session::reason_of(&failure);
-                self.upstream_failed(core, slot, reason, outbox, now);
+                match (sent.failure, sent.unintroduced) {
+                    (Some(failure), _) => {
+                        reason = session::reason_of(&failure);
+                        self.upstream_failed(core, slot, reason, outbox, now);
+                    }
+                    (None, Some(why)) if !rest.is_empty() => reason = why,
+                    _ => break,
+                }
             }
             core.dropped(reason, rest.len(), now);
         }

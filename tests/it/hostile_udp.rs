@@ -2,8 +2,8 @@
 //! nothing comes back to anybody who did not ask.
 
 use std::collections::BTreeSet;
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -11,10 +11,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::hostile::resident_bytes;
 use crate::support::client::loopback;
-use crate::support::datagrams::{Datagram, DatagramServer, echo};
+use crate::support::datagrams::{Datagram, DatagramServer, client, echo, nothing};
 use crate::support::dns::udp_client;
 use crate::support::ports::free_port;
-use crate::support::{Balancer, DEADLINE, eventually, preface, skip};
+use crate::support::receiver::say_who;
+use crate::support::{Balancer, DEADLINE, Receiver, eventually, preface, skip};
 
 /// Largest payload of an IPv4 datagram, and bytes of the header of an IPv4 client.
 const PAYLOAD_BYTES_MAX: usize = 65_507;
@@ -70,6 +71,55 @@ fn the_largest_payload_passes_and_a_larger_one_is_counted_and_harms_nobody() {
     assert_echoed(&client, b"after");
     assert_echoed(&other, b"other");
     assert_echoed(&client, &largest);
+}
+
+#[test]
+fn where_the_header_comes_once_nothing_comes_before_it() {
+    for mode in ["first_datagram", "first_alone"] {
+        let upstream = DatagramServer::start(nothing);
+        let pool = format!("proxy_protocol = \"v2\"\nudp_header = \"{mode}\"");
+        let lb = preface(&config(&upstream, "").replace("proxy_protocol = \"v2\"", &pool));
+        let client = client_of(&lb);
+        let forged = b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c\x0a\0\0\x01\x0a\0\0\x02\0\x01\0\x02root";
+        // With the header this one is longer than any datagram.
+        client.send(&vec![7; PAYLOAD_BYTES_MAX]).expect("a datagram is sent");
+        client.send(forged).expect("a datagram is sent");
+        let first = upstream.wait(1).remove(0);
+        assert_eq!(first.ends, Some((client.local_addr().unwrap(), lb.ipv4("l"))), "{mode}");
+        let sent = || lb.metric("preface_headers_sent_total", &[("version", "v2")]);
+        eventually("one header is counted", || (sent() == 1.0).then_some(()));
+        let dropped_of_it = if mode == "first_datagram" { 1.0 } else { 0.0 };
+        assert_eq!(dropped(&lb, "too_big"), dropped_of_it, "{mode}");
+    }
+}
+
+#[test]
+fn a_flood_of_datagrams_leaves_tcp_and_other_listeners_their_places() {
+    let upstream = DatagramServer::start(nothing);
+    let receiver = Receiver::with_header(say_who);
+    let more = format!(
+        "[listeners.other]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"p\"\n\
+         [listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"web\"\n[pools.web]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+        receiver.address
+    );
+    let limited = config(&upstream, "").replace("[runtime]", "[runtime]\nmax_connections = 120");
+    let lb = preface(&(limited + &more));
+    let clients: Vec<UdpSocket> = (0..150).map(|_| client_of(&lb)).collect();
+    for client in &clients {
+        client.send(b"message").expect("a datagram is sent");
+    }
+    let begun = || lb.metric("preface_sessions_begun_total", &[("listener", "l")]);
+    eventually("the listener has as many sessions as it may", || (begun() >= 30.0).then_some(()));
+    let mut tcp = lb.connect("web");
+    tcp.write_all(b"hello").and_then(|()| tcp.shutdown(Shutdown::Write)).expect("it is sent");
+    let mut said = String::new();
+    tcp.read_to_string(&mut said).expect("TCP's clients are served");
+    assert!(said.contains(&tcp.local_addr().unwrap().to_string()), "{said}");
+    let other = client();
+    other.send_to(b"to the other one", lb.ipv4("other")).expect("a datagram is sent");
+    eventually("the other listener serves", || {
+        upstream.datagrams().iter().any(|one| one.payload == b"to the other one").then_some(())
+    });
 }
 
 #[test]

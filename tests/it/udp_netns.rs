@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::support::client::connect;
-use crate::support::datagrams::{Datagram, DatagramServer, ask, client_at, echo, receive, say_ends};
+use crate::support::datagrams::{Datagram, DatagramServer, ask, client_at, echo, nothing, receive, say_ends};
 use crate::support::netns::Pair;
 use crate::support::ports::free_port;
 use crate::support::{Balancer, Process, eventually, preface_in, skip};
@@ -116,6 +116,49 @@ fn what_the_own_firewall_stops_is_not_held_against_the_upstream() {
     assert_eq!(lb.metric("preface_sessions_moved_total", &[]), 0.0);
     assert_eq!(lb.metric("preface_sessions_begun_total", &[]), 1.0);
     assert_eq!(lb.upstream("p", server.address)["health"], "healthy");
+}
+
+#[test]
+fn a_header_that_comes_once_and_was_stopped_comes_with_the_next_datagram() {
+    for mode in ["first_datagram", "first_alone"] {
+        let test = "a_header_that_comes_once_and_was_stopped_comes_with_the_next_datagram";
+        let Some(pair) = namespaces(test) else { return };
+        let server = pair.left.inside(|| DatagramServer::start(nothing));
+        let text = format!(
+            "[listeners.dns]\nbind = \"10.231.0.1:0\"\nprotocol = \"udp\"\npool = \"p\"\n\
+             [pools.p]\nproxy_protocol = \"v2\"\nudp_header = \"{mode}\"\nupstreams = [\"{}\"]\n",
+            server.address
+        );
+        let lb = preface_in(&pair.left, &text);
+        let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+        let client = pair.right.inside(|| client_at("10.231.0.2:0"));
+        let nft = |line: &str| drop(pair.left.run(&format!("nft {line}")));
+        nft("add table inet own");
+        nft("add chain inet own output { type filter hook output priority 0; }");
+        nft(&format!("add rule inet own output udp dport {} drop", server.address.port()));
+        client.send_to(b"stopped", local).expect("a datagram is sent");
+        let dropped = || lb.metric("preface_datagrams_dropped_total", &[("reason", "forbidden")]);
+        eventually("it is counted", || (dropped() == 1.0).then_some(()));
+        nft("delete table inet own");
+        client.send_to(b"passed on", local).expect("a datagram is sent");
+        let first = server.wait(1).remove(0);
+        assert_eq!(first.ends, Some((client.local_addr().unwrap(), local)), "{mode}");
+        let last = server.wait(if mode == "first_alone" { 2 } else { 1 }).pop().expect("the datagram");
+        assert_eq!(last.payload, b"passed on", "{mode}");
+    }
+}
+
+#[test]
+fn a_client_from_a_listeners_port_is_served_where_foreign_addresses_can_be_bound() {
+    let test = "a_client_from_a_listeners_port_is_served_where_foreign_addresses_can_be_bound";
+    let Some(pair) = namespaces(test) else { return };
+    pair.left.run("sysctl -qw net.ipv4.ip_nonlocal_bind=1 net.ipv6.ip_nonlocal_bind=1");
+    let server = pair.left.inside(|| DatagramServer::start(echo));
+    let lb = balancer(&pair, ":0", server.address);
+    let local = SocketAddr::from(([10, 231, 0, 1], lb.port("dns")));
+    let client = pair.right.inside(|| client_at(&format!("10.231.0.2:{}", lb.port("dns"))));
+    assert_eq!(ask(&client, local, b"from port to port").0, b"from port to port");
+    assert_eq!(lb.metric("preface_datagrams_dropped_total", &[("reason", "own_address")]), 0.0);
 }
 
 /// The kernel says EACCES to a connect, of TCP and of UDP.

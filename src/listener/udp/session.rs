@@ -110,6 +110,9 @@ pub struct Sent {
     pub done: usize,
     /// The upstream's failure that stopped it.
     pub failure: Option<io::Error>,
+    /// Why the header that comes once did not leave: what follows has to wait for it, or its receiver would take a
+    /// client's bytes for one.
+    pub unintroduced: Option<DropReason>,
 }
 
 impl Link {
@@ -182,7 +185,8 @@ impl Session {
             at += count;
         }
         let life = Arc::clone(self.link.life());
-        let (mut failure, mut lost, mut lost_bytes) = (None, 0, 0);
+        let (mut failure, mut unintroduced, mut lost, mut lost_bytes) = (None, None, 0, 0);
+        let comes_once = first && link.mode != UdpHeader::EveryDatagram;
         let sent = sending.send(&self.link.socket, |refused| {
             if let Some(lower) = lower_segment_max(&refused) {
                 life.segment_max.fetch_min(lower as u32, Relaxed);
@@ -193,6 +197,10 @@ impl Session {
                 failure = Some(refused.error);
                 return Next::Stop;
             }
+            if comes_once && refused.first == 0 {
+                unintroduced = Some(reason);
+                return Next::Stop;
+            }
             let first = refused.first.saturating_sub(usize::from(alone));
             let those = &pieces[first.min(pieces.len())..(first + refused.datagrams).min(pieces.len())];
             dropped(reason, those.len());
@@ -200,10 +208,14 @@ impl Session {
             lost_bytes += those.iter().map(|piece| piece.length).sum::<usize>();
             Next::Skip
         });
+        if let Some(reason) = unintroduced {
+            dropped(reason, 1);
+            return Sent { done: 1, failure, unintroduced };
+        }
         let alone = usize::from(alone);
         let done = sent.saturating_sub(alone);
         self.count_sent(&pieces[..done], lost, lost_bytes, sent);
-        Sent { done, failure }
+        Sent { done, failure, unintroduced }
     }
 
     fn count_sent(&mut self, pieces: &[Piece], lost: usize, lost_bytes: usize, sends: usize) {
