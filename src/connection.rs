@@ -368,6 +368,7 @@ impl Attempt<'_> {
             biased;
             termination = entry.ordered() => Err(Failure::from(termination)),
             connected = self.connect(record, early, &mut sent) => connected,
+            () = self.client.error() => Err(Failure { termination: Termination::ClientReset, may_retry: false }),
         };
         let upstream = match connected {
             Ok(upstream) => upstream,

@@ -328,11 +328,14 @@ impl Stream {
     }
 
     /// Completes when the socket is in error: how a reset shows on a side that isn't being read.
+    pub async fn error(&self) {
+        // An error of the registration itself ends the watch as well: the next call on the socket will say why.
+        let _ = self.fd.ready(Interest::ERROR).await;
+    }
+
+    /// `error`, on the heap: few connections ever need it.
     pub fn error_watch(&self) -> ErrorWatch<'_> {
-        Box::pin(async {
-            // An error of the registration itself ends the watch as well: the next call on the socket will say why.
-            let _ = self.fd.ready(Interest::ERROR).await;
-        })
+        Box::pin(self.error())
     }
 
     /// Sends FIN after what was written; reading goes on.

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use preface::proxy_protocol::{Tlv, Version};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::hostile::{all_accounted, echo, ends, is_answered, is_refused, raise_descriptor_limit};
 use crate::support::{Balancer, Receiver, client, eventually, preface};
@@ -303,6 +303,20 @@ fn a_retry_goes_by_the_orders_of_now() {
     assert!(is_refused(client));
     balancer.log().wait_for("its line", |line| line.ends_with(" end=upstream.connect.timeout"));
     assert_eq!(receiver.arrivals().len(), 0);
+}
+
+#[test]
+fn a_client_that_resets_while_its_upstream_is_connected_to_gives_its_place_back() {
+    let (_listening, _queued, nobody) = blackhole();
+    let balancer = start("connect_timeout = \"60s\"\nconnect_deadline = \"60s\"", &[(nobody, "")]);
+    let client = connect(&balancer).unwrap();
+    let open = || balancer.metric("preface_upstream_connections_open", &[("upstream", &nobody.to_string())]);
+    eventually("the client's connection is on its way to nobody", || (open() == 1.0).then_some(()));
+    SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(client);
+    balancer.log().wait_for("its line", |line| line.ends_with(" end=client.relay.reset"));
+    assert_eq!(open(), 0.0);
+    assert_eq!(balancer.metric("preface_upstream_connect_failures_total", &[]), 0.0, "it was not the upstream");
 }
 
 #[test]
