@@ -4,11 +4,16 @@
 //! Times vary with the machine and its load, these hardly: compare two versions by them. The program runs under
 //! callgrind with one worker, once with few units and once with many; the difference of the two counts, by thread,
 //! is divided by the difference of the units. What starting and stopping cost is thus not in it. A round trip repeats to
-//! 0.1 %, a short connection to 4 %. Bulk is not here: how much each read finds is the moment's.
+//! 0.1 %, a short connection to 4 %. Bulk is not here: how much each read finds is the moment's. The bare relay is the
+//! same loop without features: what preface needs beyond it is what they cost.
+
+#[path = "compare/bare.rs"]
+mod bare;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -22,26 +27,52 @@ type Unit = fn(SocketAddr, usize) -> io::Result<()>;
 
 const MESSAGE_BYTES: usize = 64;
 
+/// Who carries the traffic.
+#[derive(Clone, Copy, PartialEq)]
+enum Candidate {
+    /// This program itself, as a relay without features.
+    Bare,
+    /// With what `[log]` says of connections.
+    Preface(&'static str),
+}
+
+const CANDIDATES: [(&str, Candidate); 3] = [
+    ("bare relay", Candidate::Bare),
+    ("preface, log off", Candidate::Preface("off")),
+    ("preface", Candidate::Preface("all")),
+];
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, word, address, upstream] = &arguments[..]
+        && word == "bare"
+    {
+        let parsed = |text: &str| text.parse().expect("an address");
+        return bare::run(parsed(address), parsed(upstream)).expect("the bare relay serves");
+    }
     // Under `cargo test --benches` nothing is measured.
     if std::env::args().any(|argument| argument == "--test") {
         return;
     }
-    println!("{:<24} {:>16} {:>16}", "instructions per", "worker thread", "all threads");
-    for (name, unit, few, many) in WORK {
-        let (less, more) = (measure(unit, few), measure(unit, many));
+    println!("{:<24} {:<18} {:>14} {:>14}", "instructions per", "by", "worker thread", "all threads");
+    let work = WORK.iter().flat_map(|work| CANDIDATES.iter().map(move |candidate| (work, candidate)));
+    for (&(name, unit, few, many), &(who, candidate)) in work {
+        let (less, more) = (measure(candidate, unit, few), measure(candidate, unit, many));
         let each = |thread: &u32, count: &u64| {
             count.saturating_sub(less.get(thread).copied().unwrap_or(0)) / (many - few) as u64
         };
         let by_thread: Vec<u64> = more.iter().map(|(thread, count)| each(thread, count)).collect();
         // The one that carries traffic does most.
         let worker = by_thread.iter().max().copied().unwrap_or(0);
-        println!("{name:<24} {worker:>16} {:>16}", by_thread.iter().sum::<u64>());
+        println!("{name:<24} {who:<18} {worker:>14} {:>14}", by_thread.iter().sum::<u64>());
     }
 }
 
 /// One run; instructions by the number of the thread.
-fn measure(unit: Unit, count: usize) -> BTreeMap<u32, u64> {
+fn measure(candidate: Candidate, unit: Unit, count: usize) -> BTreeMap<u32, u64> {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let upstream = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     let upstream_address = upstream.local_addr().expect("a listener has an address");
@@ -51,12 +82,14 @@ fn measure(unit: Unit, count: usize) -> BTreeMap<u32, u64> {
         }
     });
     let address = free_address();
-    let mut program = start(directory.path(), address, upstream_address);
+    let mut program = start(candidate, directory.path(), address, upstream_address);
     unit(address, count).expect("traffic passes");
     let id = rustix::process::Pid::from_child(&program);
     rustix::process::kill_process(id, rustix::process::Signal::TERM).expect("it runs");
     let status = program.wait().expect("a child can be waited for");
-    assert!(status.success(), "valgrind or preface failed: {status}");
+    // The bare relay knows no other end than the signal.
+    let ended = status.success() || candidate == Candidate::Bare && status.signal().is_some();
+    assert!(ended, "valgrind or the program failed: {status}");
     counts(directory.path())
 }
 
@@ -66,10 +99,11 @@ fn free_address() -> SocketAddr {
     listener.local_addr().expect("a listener has an address")
 }
 
-/// preface under callgrind, accepting.
-fn start(directory: &Path, address: SocketAddr, upstream: SocketAddr) -> Child {
+/// A candidate under callgrind, accepting.
+fn start(candidate: Candidate, directory: &Path, address: SocketAddr, upstream: SocketAddr) -> Child {
+    let log = if let Candidate::Preface(log) = candidate { log } else { "off" };
     let config = format!(
-        "[runtime]\nworkers = 1\n[listeners.test]\nbind = \"{address}\"\npool = \"test\"\n\
+        "[runtime]\nworkers = 1\n[log]\nconnections = \"{log}\"\n[listeners.test]\nbind = \"{address}\"\npool = \"test\"\n\
          [pools.test]\nproxy_protocol = \"v2\"\nupstreams = [\"{upstream}\"]\n\
          [admin]\nbind = \"unix:{}\"\n",
         directory.join("admin.sock").display()
@@ -79,12 +113,20 @@ fn start(directory: &Path, address: SocketAddr, upstream: SocketAddr) -> Child {
     let mut command = Command::new("valgrind");
     command.args(["--tool=callgrind", "--separate-threads=yes", "--quiet"]);
     command.arg(format!("--callgrind-out-file={}", directory.join("counts").display()));
-    command.arg(env!("CARGO_BIN_EXE_preface")).args(["run", "--config"]).arg(&file);
+    match candidate {
+        Candidate::Bare => {
+            let own = std::env::current_exe().expect("this program has a path");
+            command.arg(own).args(["bare", &address.to_string(), &upstream.to_string()]);
+        }
+        Candidate::Preface(_) => {
+            command.arg(env!("CARGO_BIN_EXE_preface")).args(["run", "--config"]).arg(&file);
+        }
+    }
     command.env("RUNTIME_DIRECTORY", directory).stdin(Stdio::null()).stdout(Stdio::null());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("valgrind: {error}; is it installed?"));
     while TcpStream::connect(address).is_err() {
         let exit = child.try_wait().expect("a child can be waited for");
-        assert!(exit.is_none(), "preface ended at its start");
+        assert!(exit.is_none(), "it ended at its start");
         // SLEEP: only trying shows when a program has come so far.
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -102,7 +144,7 @@ fn counts(directory: &Path) -> BTreeMap<u32, u64> {
         let total = text.lines().rev().find_map(|line| line.strip_prefix("totals: "));
         counts.insert(thread, total.and_then(|total| total.trim().parse().ok()).expect("a total"));
     }
-    assert!(counts.len() > 1, "callgrind wrote no counts by thread into {}", directory.display());
+    assert!(!counts.is_empty(), "callgrind wrote no counts by thread into {}", directory.display());
     counts
 }
 

@@ -73,6 +73,9 @@ pub enum Work {
         sessions: usize,
         /// One way or both.
         kept: Kept,
+        /// Does something else want the candidate's processor all the time? Then queues form: with a processor of its own
+        /// a quick candidate is woken for every few datagrams.
+        crowded: bool,
     },
     /// Connections that were used once.
     Idle,
@@ -103,7 +106,12 @@ const THERE_AND_BACK: [Metric; 6] = of_datagrams("CPU-s per 100k there and back"
 
 const fn of_datagrams(cpu: &'static str) -> [Metric; 6] {
     let (machine, rate) = (metric("machine", "whole machine"), metric("rate", "1000/s"));
-    [metric("cpu", cpu), machine, rate, metric("lost", "lost"), BUSY, GENERATOR]
+    [metric("cpu", cpu), rate, metric("lost", "lost"), BUSY, GENERATOR, machine]
+}
+
+/// Of the whole machine it would say what the other program uses.
+const fn of_its_own(metrics: &'static [Metric; 6]) -> &'static [Metric] {
+    metrics.split_at(5).0
 }
 
 impl Work {
@@ -113,6 +121,11 @@ impl Work {
             (Work::Datagrams { .. }, Nginx | NginxTuned) => None,
             _ => kind.header(),
         }
+    }
+
+    /// Does the candidate share its processor?
+    pub fn is_crowded(self) -> bool {
+        matches!(self, Work::Datagrams { crowded: true, .. })
     }
 
     /// The first one is compared and drawn.
@@ -159,8 +172,10 @@ impl Work {
                     ]
                 }
             }
-            Work::Datagrams { kept: Kept::OneWay, .. } => &ONE_WAY,
-            Work::Datagrams { kept: Kept::Echo, .. } => &THERE_AND_BACK,
+            Work::Datagrams { kept: Kept::OneWay, crowded: false, .. } => &ONE_WAY,
+            Work::Datagrams { kept: Kept::Echo, crowded: false, .. } => &THERE_AND_BACK,
+            Work::Datagrams { kept: Kept::OneWay, .. } => of_its_own(&ONE_WAY),
+            Work::Datagrams { kept: Kept::Echo, .. } => of_its_own(&THERE_AND_BACK),
             Work::Idle => const { &[metric("memory", "KiB of user memory per connection")] },
             Work::Reload => {
                 const {
@@ -296,12 +311,18 @@ fn datagrams() -> Vec<Row> {
     for (name, words, kept, max) in
         [("oneway", "one way", Kept::OneWay, 0.60), ("echo", "there and back", Kept::Echo, 0.65)]
     {
-        for (sessions, number) in [(16, "16 sessions"), (1000, "1,000 sessions")] {
+        for (sessions, crowded, number) in [
+            (16, false, "16 sessions"),
+            (1000, false, "1,000 sessions"),
+            (16, true, "16 sessions, processor shared with a busy program"),
+        ] {
+            let kinds = [Direct, Preface, Nginx, NginxTuned];
             rows.push(row(
-                &format!("udp-{name}-{sessions}"),
+                &format!("udp-{name}-{sessions}{}", if crowded { "-crowded" } else { "" }),
                 &format!("UDP, datagrams of 100 B {words}, {number}"),
-                Work::Datagrams { sessions, kept },
-                &[Direct, Preface, Nginx, NginxTuned],
+                Work::Datagrams { sessions, kept, crowded },
+                // Without a candidate nothing shares its processor.
+                &kinds[usize::from(crowded)..],
                 vec![ratio("preface with a header on each / nginx with none", "cpu", NGINX, max)],
             ));
         }

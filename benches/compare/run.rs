@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::backend::Backend;
@@ -169,6 +171,7 @@ impl Arena {
         let (round_trips, count) = (round_trips * times, count * times);
         let (target, gauge) = (running.target, running.gauge());
         if let Some(plan) = plan(work, running) {
+            let _busy = work.is_crowded().then(|| Busy::start(self.cpus[0]));
             return self.datagrams(&plan, &gauge);
         }
         let served = self.backend.served();
@@ -259,9 +262,38 @@ impl Arena {
     }
 }
 
+/// A program that wants a processor all the time, until it is dropped.
+struct Busy {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Busy {
+    fn start(cpu: usize) -> Busy {
+        let ends = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&ends);
+        let thread = std::thread::spawn(move || {
+            measure::pin(&[cpu]);
+            while !seen.load(Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        Busy { ends, thread: Some(thread) }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.ends.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
 /// What is done with datagrams, if it is with these.
 fn plan(work: Work, running: &Running) -> Option<Plan> {
-    let Work::Datagrams { sessions, kept } = work else { return None };
+    let Work::Datagrams { sessions, kept, .. } = work else { return None };
     Some(Plan { target: running.target, sessions, kept, header: work.header(running.kind) })
 }
 
