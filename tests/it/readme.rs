@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use preface::address::Client;
 use preface::config::{self, LogFormat};
-use preface::log::{ConnectionLine, connection_line, session_line};
+use preface::log::{ConnectionLine, connection_line, connection_start_line, session_line, session_start_line};
 use preface::termination::Termination;
 
 const README: &str = include_str!("../../README.md");
@@ -156,6 +156,26 @@ fn the_log_fields_are_the_code() {
     assert_eq!(documented, keys(&session_line(LogFormat::Text, &ended, [0, 0])), "the table of fields");
     let (_, sample) = blocks("text").into_iter().next().expect("a sample line");
     assert_eq!(keys(&sample), keys(&line), "the sample line");
+}
+
+/// `start_and_end` is documented with the event of each line, and with the fields that it shares with the line of the end.
+#[test]
+fn the_lines_of_a_begin_are_the_code() {
+    let client = "192.0.2.1:1".parse().expect("an address");
+    let time = SystemTime::UNIX_EPOCH;
+    let connection = connection_start_line(LogFormat::Text, time, "id", "web", Client::Ip(client));
+    let session = session_start_line(LogFormat::Text, time, "id", "web", client);
+    let (_, after) = README.split_once("\n`start_and_end` adds one ").expect("the README says what it adds");
+    let documented = after.split(". ").next().expect("a sentence");
+    for line in [&connection, &session] {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, "level=info", event, rest @ ..] = fields.as_slice() else { panic!("{line}") };
+        assert!(documented.contains(&format!("`{event}`")), "{event} is not in {documented:?}");
+        for field in rest {
+            let key = field.split('=').next().expect("a key");
+            assert!(documented.contains(&format!("`{key}`")), "{key} is not in {documented:?}");
+        }
+    }
 }
 
 #[test]
