@@ -38,6 +38,15 @@ fn blocks(language: &str) -> Vec<(usize, String)> {
     found
 }
 
+/// The command lines of a section: those that say at their end what they need that is not here, and those that a test runs.
+pub fn commands(section: &str, needs: &[&str]) -> (Vec<&'static str>, Vec<&'static str>) {
+    let (_, text) = README.split_once(&format!("\n## {section}\n")).expect("the section");
+    let text = text.split("\n## ").next().expect("its end");
+    let blocks = text.split("```sh\n").skip(1).map(|block| block.split("```").next().expect("the block's end"));
+    let lines = blocks.flat_map(str::lines).filter(|line| !line.is_empty());
+    lines.partition(|line| needs.iter().any(|what| line.ends_with(&format!("needs {what}"))))
+}
+
 /// The cells of the table that begins with this header line, row by row.
 fn table(header: &str) -> Vec<Vec<String>> {
     let mut lines = README.lines().skip_while(|line| *line != header);
