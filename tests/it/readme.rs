@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use preface::address::Client;
 use preface::config::{self, LogFormat};
 use preface::log::{ConnectionLine, connection_line, connection_start_line, session_line, session_start_line};
-use preface::termination::Termination;
+use preface::termination::{DropReason, Termination};
 
 const README: &str = include_str!("../../README.md");
 
@@ -165,6 +165,15 @@ fn the_log_fields_are_the_code() {
     assert_eq!(documented, keys(&session_line(LogFormat::Text, &ended, [0, 0])), "the table of fields");
     let (_, sample) = blocks("text").into_iter().next().expect("a sample line");
     assert_eq!(keys(&sample), keys(&line), "the sample line");
+}
+
+#[test]
+fn the_table_of_reasons_is_the_code() {
+    let rows = table("| reason | what | what to do |");
+    assert!(rows.iter().all(|row| row.len() == 3 && row.iter().all(|cell| !cell.is_empty())), "{rows:?}");
+    let documented: Vec<&str> = rows.iter().map(|row| row[0].trim_matches('`')).collect();
+    let known: Vec<&str> = DropReason::ALL.iter().map(|reason| reason.as_str()).collect();
+    assert_eq!(documented, known);
 }
 
 /// `start_and_end` is documented with the event of each line, and with the fields that it shares with the line of the end.
