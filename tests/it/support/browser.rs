@@ -66,6 +66,8 @@ impl Browser {
         // Not as a phone: that one would shrink what is too wide until it fits.
         let screen = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
         self.devtools("Emulation.setDeviceMetricsOverride", &screen);
+        // They would take room from the page, but not in its picture.
+        self.devtools("Emulation.setScrollbarsHidden", &json!({ "hidden": true }));
         let media = json!({ "features": [{ "name": "prefers-color-scheme", "value": colours }] });
         self.devtools("Emulation.setEmulatedMedia", &media);
     }
