@@ -9,9 +9,11 @@ use preface::proxy_protocol::Transport;
 
 use crate::support::client::{connect_from, loopback};
 use crate::support::dns::{
-    Server, assert_answers, dnsdist, in_who, query, receive_tcp, recursor, send_tcp, udp_client, unbound,
+    Asked, Server, assert_answers, dnsdist, in_who, query, receive_tcp, recursor, send_tcp, udp_client, unbound,
 };
-use crate::support::{Balancer, Process, preface, program};
+use crate::support::netns::Namespace;
+use crate::support::ports::free_port;
+use crate::support::{Process, preface, program, skip};
 
 const CLIENTS: usize = 100;
 /// Each client asks more than once: the header must be on every datagram, and once on a connection.
@@ -82,9 +84,8 @@ fn label(address: SocketAddr) -> String {
     address.to_string().replace(['.', ':', '[', ']'], "-")
 }
 
-/// Many clients at once, each from an address or at least a port of its own; each gets the answers to its own questions.
-fn ask_from_many(transport: Transport, to: SocketAddr) -> BTreeSet<SocketAddr> {
-    let source = |index| if to.is_ipv4() { loopback(index) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) };
+/// Many clients at once, each from the source of its number; each gets the answers to its own questions.
+fn ask_from_many(transport: Transport, to: SocketAddr, source: impl Fn(usize) -> IpAddr) -> BTreeSet<SocketAddr> {
     let mut clients: Vec<Client> = (0..CLIENTS).map(|index| Client::new(transport, source(index), to)).collect();
     for id in 0..QUESTIONS {
         clients.iter_mut().for_each(|client| client.ask(id));
@@ -98,17 +99,30 @@ fn assert_names_every_client(server: &Server, transport: Transport) {
     let mut logged = 0;
     for listener in ["to4", "to6"] {
         for to in [lb.ipv4(listener), lb.ipv6(listener)] {
-            let clients = ask_from_many(transport, to);
-            let asked = server.wait_for(logged + CLIENTS * usize::from(QUESTIONS)).split_off(logged);
-            logged += asked.len();
-            assert_eq!(asked.len(), CLIENTS * usize::from(QUESTIONS));
-            for asked in &asked {
-                assert_eq!(asked.name, in_who(&label(asked.client)));
-                assert!(asked.to.is_none_or(|asked| asked == (to, transport)), "{asked:?} to {to}");
-            }
-            assert_eq!(asked.into_iter().map(|asked| asked.client).collect::<BTreeSet<_>>(), clients);
+            // There is one ::1: those clients have at least ports of their own.
+            let source = |index| if to.is_ipv4() { loopback(index) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) };
+            assert_names_each(server, transport, to, source, &mut logged);
         }
     }
+}
+
+/// Each question that the server has logged since then names the client that asked it, and no client is missing.
+fn assert_names_each(
+    server: &Server,
+    transport: Transport,
+    to: SocketAddr,
+    source: impl Fn(usize) -> IpAddr,
+    logged: &mut usize,
+) {
+    let clients = ask_from_many(transport, to, source);
+    let asked = server.wait_for(*logged + CLIENTS * usize::from(QUESTIONS)).split_off(*logged);
+    *logged += asked.len();
+    assert_eq!(asked.len(), CLIENTS * usize::from(QUESTIONS));
+    for asked in &asked {
+        assert_eq!(asked.name, in_who(&label(asked.client)));
+        assert!(asked.to.is_none_or(|asked| asked == (to, transport)), "{asked:?} to {to}");
+    }
+    assert_eq!(asked.into_iter().map(|asked| asked.client).collect::<BTreeSet<_>>(), clients);
 }
 
 #[test]
@@ -141,31 +155,102 @@ fn dnsdist_names_every_client_over_udp() {
     assert_names_every_client(&dnsdist(), Transport::Dgram);
 }
 
-/// Debian's `dig`; the answer as text.
-fn dig(lb: &Balancer, source: IpAddr, extra: &[&str]) -> String {
-    let to = if source.is_ipv4() { lb.ipv4("to4") } else { lb.ipv6("to4") };
+/// A hundred IPv6 addresses: each is one of a prefix that the machine takes for its own.
+fn assert_names_every_ipv6_address(test: &str, start: fn() -> Server) {
+    let namespace = match Namespace::new() {
+        Ok(namespace) => namespace,
+        Err(why) => return skip(&format!("dns::{test}"), &why),
+    };
+    namespace.run("ip -6 route add local fd00:53::/64 dev lo");
+    let source = |index| IpAddr::V6(Ipv6Addr::new(0xfd00, 0x53, 0, 0, 0xa, 0xb, 0xc, index as u16 + 1));
+    // What a thread inside starts is inside, too.
+    namespace.inside(|| {
+        std::fs::write("/proc/sys/net/ipv6/ip_nonlocal_bind", "1").expect("a setting of this namespace alone");
+        let server = start();
+        let lb = preface(&every_family(&server));
+        let mut logged = 0;
+        for transport in [Transport::Dgram, Transport::Stream] {
+            // Over IPv4 to the server, and over IPv6.
+            for listener in ["to4", "to6"] {
+                assert_names_each(&server, transport, lb.ipv6(listener), source, &mut logged);
+            }
+        }
+        let addresses: BTreeSet<IpAddr> = server.asked().iter().map(|asked| asked.client.ip()).collect();
+        assert_eq!(addresses, (0..CLIENTS).map(source).collect());
+    });
+}
+
+#[test]
+fn unbound_names_a_hundred_ipv6_addresses() {
+    assert_names_every_ipv6_address("unbound_names_a_hundred_ipv6_addresses", unbound);
+}
+
+#[test]
+fn the_powerdns_recursor_names_a_hundred_ipv6_addresses() {
+    assert_names_every_ipv6_address("the_powerdns_recursor_names_a_hundred_ipv6_addresses", recursor);
+}
+
+#[test]
+fn dnsdist_names_a_hundred_ipv6_addresses() {
+    assert_names_every_ipv6_address("dnsdist_names_a_hundred_ipv6_addresses", dnsdist);
+}
+
+/// Debian's `dig`, which asks from this address and port; the status and the TXT record of the answer.
+#[track_caller]
+fn dig(source: SocketAddr, to: SocketAddr, transport: Transport, name: &str) -> (String, Option<String>) {
     let mut dig = Command::new(program("dig"));
-    dig.arg("-r").arg("-b").arg(source.to_string()).arg("-p").arg(to.port().to_string()).arg(format!("@{}", to.ip()));
-    dig.args(["dig.who", "TXT", "+short", "+tries=1", "+time=20"]).args(extra);
+    dig.arg("-r").arg("-b").arg(format!("{}#{}", source.ip(), source.port()));
+    dig.arg("-p").arg(to.port().to_string()).arg(format!("@{}", to.ip()));
+    dig.arg(if transport == Transport::Stream { "+tcp" } else { "+notcp" });
+    dig.args(["-q", name, "-t", "TXT", "+tries=1", "+time=20"]);
     let (status, output) = Process::run(&mut dig);
     assert!(status.success(), "{output}");
-    output.trim_matches('"').to_owned()
+    let status =
+        output.split_once("status: ").and_then(|(_, rest)| rest.split_once(',')).expect("it says the status").0;
+    let is_answer = |line: &&str| line.starts_with(name) && line.contains("\tTXT\t");
+    let record = output.lines().find(is_answer).and_then(|line| line.split('"').nth(1));
+    (status.to_owned(), record.map(str::to_owned))
+}
+
+/// `dig` asks over UDP and TCP, IPv4 and IPv6, from a port that it was told; the server has the very address from the header.
+fn assert_dig_is_named(start: fn() -> Server, answer: impl Fn(&Asked) -> (String, Option<String>)) {
+    let server = start();
+    let lb = preface(&every_family(&server));
+    let mut logged = 0;
+    for listener in ["to4", "to6"] {
+        for (ip, to) in [("127.0.0.9", lb.ipv4(listener)), ("::1", lb.ipv6(listener))] {
+            for transport in [Transport::Dgram, Transport::Stream] {
+                let source = SocketAddr::new(ip.parse().expect("an address"), free_port());
+                let name = in_who(&label(source));
+                let got = dig(source, to, transport, &name);
+                let asked = server.wait_for(logged + 1).split_off(logged);
+                logged += 1;
+                let [asked] = asked.as_slice() else { panic!("one question, and the server had {asked:?}") };
+                assert_eq!((asked.client, &asked.name), (source, &name));
+                assert!(asked.to.is_none_or(|asked| asked == (to, transport)), "{asked:?} to {to}");
+                assert_eq!(got, answer(asked), "{source} over {transport:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn dig_asks_unbound_from_its_own_address() {
+    assert_dig_is_named(unbound, |_| ("NOERROR".to_owned(), Some("answered".to_owned())));
 }
 
 #[test]
 fn dig_is_told_its_own_address_by_the_powerdns_recursor() {
-    let recursor = recursor();
-    let lb = preface(&every_family(&recursor));
-    for source in ["127.0.0.9", "127.0.0.10", "::1"] {
-        let source: IpAddr = source.parse().unwrap();
-        for (extra, transport) in [("+notcp", "udp"), ("+tcp", "tcp")] {
-            let answer = dig(&lb, source, &[extra]);
-            let [client, to, over]: [&str; 3] = answer.split(' ').collect::<Vec<_>>().try_into().unwrap();
-            let client: SocketAddr = client.parse().unwrap();
-            let listener = if source.is_ipv4() { lb.ipv4("to4") } else { lb.ipv6("to4") };
-            assert_eq!((client.ip(), to.parse(), over), (source, Ok(listener), transport), "{answer}");
-        }
-    }
+    assert_dig_is_named(recursor, |asked| {
+        let (to, transport) = asked.to.expect("this server logs it");
+        let over = if transport == Transport::Stream { "tcp" } else { "udp" };
+        ("NOERROR".to_owned(), Some(format!("{} {to} {over}", asked.client)))
+    });
+}
+
+#[test]
+fn dig_asks_dnsdist_from_its_own_address() {
+    assert_dig_is_named(dnsdist, |_| ("NXDOMAIN".to_owned(), None));
 }
 
 /// A question as a check's `send`, and what the answer to it contains.

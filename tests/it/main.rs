@@ -23,6 +23,7 @@ mod inherited;
 mod integrity;
 mod kubernetes;
 mod load;
+mod log;
 mod look;
 mod measured;
 mod monitoring;

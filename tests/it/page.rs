@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::path::Path;
 
 use crate::reload::list;
 use crate::support::browser::{Browser, forward_to};
@@ -107,6 +108,67 @@ fn shows_udp_sessions_in_the_same_tables() {
     let header = browser.wait_for("#tap .detail", "the magic", |text| text.contains("56 ec"));
     assert!(header.contains(&client.local_addr().expect("an address").to_string()), "{header}");
     assert_eq!(browser.console(), Vec::<String>::new());
+}
+
+/// How bright an element's own background is, from 0 to 255; one that is transparent has none.
+#[track_caller]
+fn brightness(browser: &Browser, selector: &str) -> f64 {
+    let body = format!("return getComputedStyle(document.querySelector({selector:?})).backgroundColor");
+    let colour = browser.run(&body).as_str().expect("a colour").to_owned();
+    let parts = colour.strip_prefix("rgb(").and_then(|rest| rest.strip_suffix(')'));
+    let parts = parts.unwrap_or_else(|| panic!("{selector} is not filled: {colour}")).split(", ");
+    parts.map(|part| part.parse::<f64>().expect("a number")).sum::<f64>() / 3.0
+}
+
+/// Nothing must be reached by scrolling sideways.
+#[track_caller]
+fn assert_fits(browser: &Browser, what: &str) {
+    let widths = browser.run("return [innerWidth, document.documentElement.scrollWidth]");
+    let [window, content]: [u32; 2] = serde_json::from_value(widths).expect("two numbers");
+    assert!(window == 390 && content <= window, "{what}: {content} pixels in {window}");
+}
+
+#[test]
+fn fits_a_phone_in_light_and_in_dark() {
+    let receiver = Receiver::with_header(say_who);
+    let dead = free_port();
+    let balancer = preface(&config(&receiver, dead, ""));
+    exchange(&balancer, "web");
+    let browser = Browser::start();
+    let mut pages = Vec::new();
+    for colours in ["light", "dark"] {
+        browser.emulate(390, 844, colours);
+        browser.open(&format!("http://localhost:{}/", forward_to(balancer.admin_socket())));
+        browser.wait_for("#live", "live", |text| text.starts_with("live "));
+        browser.wait_for("#problems", "the upstream that is down", |text| text.contains("refused"));
+        browser.wait_for("#tap", "the connection", |text| text.contains("v2, "));
+        assert_fits(&browser, colours);
+        // What opens, too: a question, the bytes of a header.
+        browser.click(&format!("tr[data-address='{}'] [data-order=drain]", receiver.address));
+        browser.wait_for("dialog[open]", "the question", |text| text.contains("Drain "));
+        assert_fits(&browser, "a question");
+        browser.click("dialog [value=no]");
+        browser.click("#tap tbody button");
+        browser.wait_for("#tap .detail", "the signature", |text| text.contains("0d 0a 0d 0a 00 0d 0a"));
+        assert_fits(&browser, "a header");
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("page-390-{colours}.png"));
+        browser.run("scrollTo(0, 0)");
+        browser.screenshot(&file);
+        assert_eq!(browser.console(), Vec::<String>::new());
+        let png = std::fs::read(&file).expect("it was written");
+        assert!(png.starts_with(b"\x89PNG\r\n\x1a\n"), "{} is no PNG", file.display());
+        pages.push((["body", "header"].map(|selector| brightness(&browser, selector)), png));
+    }
+    let [(light, light_png), (dark, dark_png)] = <[_; 2]>::try_from(pages).expect("two");
+    assert!(light.iter().all(|fill| *fill > 200.0) && dark.iter().all(|fill| *fill < 60.0), "{light:?} {dark:?}");
+    assert_ne!(light_png, dark_png);
+    // What is too wide would have been seen.
+    browser.run(
+        "const wide = document.body.appendChild(document.createElement('p'));
+         wide.textContent = 'wide';
+         wide.style.width = '500px';",
+    );
+    assert_eq!(browser.run("return document.documentElement.scrollWidth"), 500);
 }
 
 #[test]

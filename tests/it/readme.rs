@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use preface::address::Client;
 use preface::config::{self, LogFormat};
-use preface::log::{ConnectionLine, connection_line, session_line};
-use preface::termination::Termination;
+use preface::log::{ConnectionLine, connection_line, connection_start_line, session_line, session_start_line};
+use preface::termination::{DropReason, Termination};
 
 const README: &str = include_str!("../../README.md");
 
@@ -36,6 +36,15 @@ fn blocks(language: &str) -> Vec<(usize, String)> {
     }
     assert_eq!(open, None, "a block of the README is not closed");
     found
+}
+
+/// The command lines of a section: those that say at their end what they need that is not here, and those that a test runs.
+pub fn commands(section: &str, needs: &[&str]) -> (Vec<&'static str>, Vec<&'static str>) {
+    let (_, text) = README.split_once(&format!("\n## {section}\n")).expect("the section");
+    let text = text.split("\n## ").next().expect("its end");
+    let blocks = text.split("```sh\n").skip(1).map(|block| block.split("```").next().expect("the block's end"));
+    let lines = blocks.flat_map(str::lines).filter(|line| !line.is_empty());
+    lines.partition(|line| needs.iter().any(|what| line.ends_with(&format!("needs {what}"))))
 }
 
 /// The cells of the table that begins with this header line, row by row.
@@ -156,6 +165,35 @@ fn the_log_fields_are_the_code() {
     assert_eq!(documented, keys(&session_line(LogFormat::Text, &ended, [0, 0])), "the table of fields");
     let (_, sample) = blocks("text").into_iter().next().expect("a sample line");
     assert_eq!(keys(&sample), keys(&line), "the sample line");
+}
+
+#[test]
+fn the_table_of_reasons_is_the_code() {
+    let rows = table("| reason | what | what to do |");
+    assert!(rows.iter().all(|row| row.len() == 3 && row.iter().all(|cell| !cell.is_empty())), "{rows:?}");
+    let documented: Vec<&str> = rows.iter().map(|row| row[0].trim_matches('`')).collect();
+    let known: Vec<&str> = DropReason::ALL.iter().map(|reason| reason.as_str()).collect();
+    assert_eq!(documented, known);
+}
+
+/// `start_and_end` is documented with the event of each line, and with the fields that it shares with the line of the end.
+#[test]
+fn the_lines_of_a_begin_are_the_code() {
+    let client = "192.0.2.1:1".parse().expect("an address");
+    let time = SystemTime::UNIX_EPOCH;
+    let connection = connection_start_line(LogFormat::Text, time, "id", "web", Client::Ip(client));
+    let session = session_start_line(LogFormat::Text, time, "id", "web", client);
+    let (_, after) = README.split_once("\n`start_and_end` adds one ").expect("the README says what it adds");
+    let documented = after.split(". ").next().expect("a sentence");
+    for line in [&connection, &session] {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, "level=info", event, rest @ ..] = fields.as_slice() else { panic!("{line}") };
+        assert!(documented.contains(&format!("`{event}`")), "{event} is not in {documented:?}");
+        for field in rest {
+            let key = field.split('=').next().expect("a key");
+            assert!(documented.contains(&format!("`{key}`")), "{key} is not in {documented:?}");
+        }
+    }
 }
 
 #[test]

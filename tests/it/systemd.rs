@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+use crate::readme::commands;
 use crate::support::ports::free_port;
 use crate::support::receiver::echo;
 use crate::support::{Balancer, DEADLINE, Process, Receiver, client, eventually, preface_by, program, skip};
@@ -270,7 +271,8 @@ fn the_service_is_exposed_to_little() {
     assert!(level.contains(" 1."), "{level}");
 }
 
-/// The package as `cargo deb` makes it, from the same table of Cargo.toml: what the table says is tested, cargo-deb isn't.
+/// The package as `deploy/debian/build` makes it, from the same table of Cargo.toml and with the files of the same script:
+/// what these say is tested, cargo-deb isn't.
 struct Package {
     directory: TempDir,
     files: Vec<PathBuf>,
@@ -341,20 +343,13 @@ fn architecture() -> String {
     Process::run(Command::new(program("dpkg")).arg("--print-architecture")).1
 }
 
-/// What deploy/debian/build writes to target/package.
+/// Manual pages and completions by the script that deploy/debian/build calls, of the program under test.
+#[track_caller]
 fn generate(directory: &Path) -> PathBuf {
     let generated = directory.join("package");
-    fs::create_dir(&generated).expect("a directory");
-    let print = |arguments: &[&str], file: &str| {
-        let output = Command::new(env!("CARGO_BIN_EXE_preface")).args(arguments).output().expect("it runs");
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        fs::write(generated.join(file), output.stdout).expect("it is written");
-    };
-    print(&["man"], "preface.1");
-    print(&["man", "upgrade"], "preface-upgrade.1");
-    for (shell, file) in [("bash", "preface.bash"), ("zsh", "_preface"), ("fish", "preface.fish")] {
-        print(&["completions", shell], file);
-    }
+    let mut script = Command::new(Path::new(ROOT).join("deploy/debian/generate"));
+    let (status, output) = Process::run(script.arg(env!("CARGO_BIN_EXE_preface")).arg(&generated));
+    assert!(status.success() && output.is_empty(), "{output}");
     generated
 }
 
@@ -379,6 +374,51 @@ fn sources(pattern: &str, generated: &Path) -> Vec<PathBuf> {
         .collect();
     found.sort();
     found
+}
+
+#[test]
+fn the_package_has_a_manual_page_for_each_command_and_completions_that_shells_take() {
+    let build = fs::read_to_string(Path::new(ROOT).join("deploy/debian/build")).unwrap();
+    assert!(build.contains("\ndeploy/debian/generate target/release/preface target/package\n"), "{build}");
+    let directory = tempfile::tempdir().unwrap();
+    let generated = generate(directory.path());
+    let (_, help) = Process::run(Command::new(env!("CARGO_BIN_EXE_preface")).arg("help"));
+    let (_, commands) = help.split_once("Commands:\n").expect("help lists the commands");
+    let names = commands.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_whitespace().next());
+    let names: Vec<&str> = names.filter(|name| *name != "help").collect();
+    assert!(names.len() > 10, "{names:?}");
+    let mut expected: Vec<String> = names.iter().map(|name| format!("preface-{name}.1")).collect();
+    expected.extend(["preface.1", "preface.bash", "_preface", "preface.fish"].map(str::to_owned));
+    expected.sort();
+    let entries = fs::read_dir(&generated).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut found: Vec<String> = entries.collect();
+    found.sort();
+    assert_eq!(found, expected);
+    for file in &found {
+        let text = fs::read_to_string(generated.join(file)).unwrap();
+        match file.strip_suffix(".1") {
+            Some(page) => assert!(text.contains(&format!("\n.TH {page} 1 ")), "{file}: {text}"),
+            None => assert!(names.iter().all(|name| text.contains(name)), "{file} lacks a command"),
+        }
+    }
+    let (status, output) = Process::run(Command::new(program("bash")).arg("-n").arg(generated.join("preface.bash")));
+    assert!(status.success(), "{output}");
+}
+
+/// Each command of the README's section is run here, or says what it needs that is not here.
+#[test]
+fn the_readmes_commands_run() {
+    let (needing, runnable) = commands("systemd", &["cargo-deb", "the package", "systemd"]);
+    assert_eq!((needing.len(), runnable.len()), (5, 1), "{needing:#?} {runnable:#?}");
+    let programs = Path::new(env!("CARGO_BIN_EXE_preface")).parent().expect("a directory");
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
+    for line in runnable {
+        // The file that the package installs there.
+        let line = line.replace("/etc/preface/", "deploy/systemd/");
+        let (status, output) =
+            Process::run(Command::new("sh").args(["-ec", &line]).current_dir(ROOT).env("PATH", &path));
+        assert!(status.success() && !output.contains("warning"), "{line}\n{output}");
+    }
 }
 
 /// A system of its own below a directory, as dpkg sees it.

@@ -1,11 +1,13 @@
 //! `preface top` in a terminal (tmux plays it): what it shows, its keys, and that it gives the terminal back.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 
 use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 
+use crate::support::ports::free_port;
 use crate::support::receiver::say_who;
 use crate::support::{Process, Receiver, eventually, preface, program};
 
@@ -120,6 +122,66 @@ fn shows_upstreams_and_drains_one_after_a_yes() {
     terminal
         .wait_for("the upstream enabled", |screen| screen.contains("done: enable") && screen.contains("1/1 serving"));
     assert_eq!(admin(), "enabled");
+    terminal.press(&["q"]);
+    terminal.wait_restored(0);
+}
+
+/// The table's rows from its heading to the footer, without the mark of the chosen one.
+fn rows(screen: &str) -> Vec<&str> {
+    let table = screen.lines().skip_while(|line| !line.contains(" HEALTH "));
+    let rows = table.skip(1).take_while(|line| !line.trim().is_empty());
+    rows.map(|row| row.trim_start_matches(['>', '!', ' '])).collect()
+}
+
+/// What the rows begin with, from top to bottom, is this and nothing else.
+fn shows(screen: &str, names: &[&str]) -> bool {
+    let rows = rows(screen);
+    rows.len() == names.len() && rows.iter().zip(names).all(|(row, name)| row.starts_with(&format!("{name} ")))
+}
+
+#[test]
+fn keys_sort_and_filter_the_rows() {
+    let receiver = Receiver::with_header(say_who);
+    let (serving, dead) = (receiver.address, SocketAddr::from(([127, 0, 0, 1], free_port())));
+    // By pool the one that is down comes last.
+    let down = format!("[pools.other]\nupstreams = [\"{dead}\"]\n[pools.other.health_check]\n");
+    let balancer = preface(&(config(&receiver) + &down));
+    balancer.wait_health("other", dead, "unhealthy");
+    let terminal = Terminal::start(&at(&balancer.admin_socket()));
+    let [healthy, unhealthy] = [format!("ingress {serving}"), format!("other {dead}")];
+    let (serving, dead) = (&*serving.to_string(), &*dead.to_string());
+    let (healthy, unhealthy) = (&*healthy, &*unhealthy);
+    terminal.wait_for("the rows by pool", |screen| {
+        screen.contains("s sort: pool") && shows(screen, &["ingress", serving, "other", dead])
+    });
+    terminal.press(&["s"]);
+    terminal.wait_for("the rows by state, the worst first", |screen| {
+        screen.contains("s sort: state") && shows(screen, &[unhealthy, healthy])
+    });
+
+    terminal.press(&["/", "u", "n", "h"]);
+    terminal.wait_for("the filter as it is typed", |screen| {
+        screen.contains("filter: unh_   Enter keeps it") && shows(screen, &[unhealthy])
+    });
+    terminal.press(&["Enter"]);
+    let is_kept = |screen: &str| screen.contains("/ filter: unh") && shows(screen, &[unhealthy]);
+    terminal.wait_for("the filter that was kept", is_kept);
+    // `q` is a letter while a filter is typed.
+    terminal.press(&["/", "q"]);
+    terminal.wait_for("that nothing is left", |screen| {
+        screen.contains("filter: unhq_") && screen.contains("nothing matches the filter")
+    });
+    terminal.press(&["BSpace", "Enter"]);
+    terminal.wait_for("the filter without its last letter", is_kept);
+    terminal.press(&["Escape"]);
+    terminal.wait_for("all of them again", |screen| {
+        screen.trim_end().ends_with("s sort: state  / filter") && shows(screen, &[unhealthy, healthy])
+    });
+    for sort in ["open", "new", "answer", "failed", "pool"] {
+        terminal.press(&["s"]);
+        terminal.wait_for(sort, |screen| screen.contains(&format!("s sort: {sort} ")));
+    }
+    terminal.wait_for("the rows by pool", |screen| shows(screen, &["ingress", serving, "other", dead]));
     terminal.press(&["q"]);
     terminal.wait_restored(0);
 }

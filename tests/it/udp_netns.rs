@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::support::client::connect;
 use crate::support::datagrams::{Datagram, DatagramServer, ask, client_at, echo, nothing, receive, say_ends};
-use crate::support::netns::Pair;
+use crate::support::netns::{Namespace, Pair};
 use crate::support::ports::free_port;
-use crate::support::{Balancer, Process, eventually, preface_in, skip};
+use crate::support::{Balancer, Process, eventually, peers_directory, preface, preface_in, program, skip};
 
 fn namespaces(test: &str) -> Option<Pair> {
     Pair::new().map_err(|why| skip(&format!("udp_netns::{test}"), &why)).ok()
@@ -61,6 +62,51 @@ fn datagrams_around_an_mtu_of_1500_arrive_both_ways() {
         assert_eq!(lb.metric("preface_datagrams_dropped_total", &[("reason", "too_big")]), 1.0);
         assert_eq!(lb.metric("preface_datagrams_total", &[("direction", "in")]), f64::from(sent + 1));
     }
+}
+
+#[test]
+fn a_datagram_that_is_longer_than_what_is_received_at_once_is_dropped_and_counted() {
+    let test = "a_datagram_that_is_longer_than_what_is_received_at_once_is_dropped_and_counted";
+    let namespace = match Namespace::new() {
+        Ok(namespace) => namespace,
+        Err(why) => return skip(&format!("udp_netns::{test}"), &why),
+    };
+    // Only a jumbogram is, and only a link with such an MTU carries one.
+    namespace.run("ip link set lo mtu 100000");
+    namespace.inside(|| {
+        let server = DatagramServer::at("[::1]:0", echo);
+        let lb = preface(&format!(
+            "[listeners.dns]\nbind = \"[::1]:0\"\nprotocol = \"udp\"\npool = \"p\"\n\
+             [pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+            server.address
+        ));
+        let send = |to: SocketAddr, length: usize| {
+            let mut python = Command::new(program("python3"));
+            python.arg(peers_directory().join("jumbogram.py")).args([to.port().to_string(), length.to_string()]);
+            let (status, output) = Process::run(&mut python);
+            assert!(status.success(), "{output}");
+        };
+        // The kernel delivers them whole.
+        let plain = client_at("[::1]:0");
+        send(plain.local_addr().expect("an address"), 70_000);
+        let mut buffer = vec![0; 80_000];
+        assert_eq!(plain.recv(&mut buffer).expect("a jumbogram"), 70_000);
+
+        let dropped = || lb.metric("preface_datagrams_dropped_total", &[("listener", "dns"), ("reason", "truncated")]);
+        // 65,536 bytes are whole, but leave no room for a header.
+        send(lb.ipv6("dns"), 65_536);
+        eventually("one is too big", || {
+            (lb.metric("preface_datagrams_dropped_total", &[("reason", "too_big")]) == 1.0).then_some(())
+        });
+        assert_eq!(dropped(), 0.0);
+        for length in [65_537, 70_000] {
+            send(lb.ipv6("dns"), length);
+        }
+        eventually("both are counted", || (dropped() == 2.0).then_some(()));
+        lb.log().wait_for("why", |line| line.contains("event=datagrams_dropped") && line.contains("reason=truncated"));
+        assert_eq!(ask(&client_at("[::1]:0"), lb.ipv6("dns"), b"and on").0, b"and on");
+        assert_eq!(server.count(), 1, "nothing was passed on in part");
+    });
 }
 
 #[test]

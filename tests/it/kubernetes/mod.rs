@@ -12,6 +12,7 @@ use std::process::Command;
 use preface::config::{self, hints::Surroundings};
 use serde_json::Value;
 
+use crate::readme::commands;
 use crate::support::{Process, checker, skip};
 use render::{Rendered, helm, kustomize, load, root, text_of};
 
@@ -192,14 +193,7 @@ fn alerts_and_dashboard_are_the_same_everywhere() {
 #[test]
 fn the_readmes_commands_run() {
     let test = "the_readmes_commands_run";
-    let readme = text_of("README.md");
-    let (_, section) = readme.split_once("\n## Containers and Kubernetes\n").expect("the section");
-    let section = section.split("\n## ").next().expect("its end");
-    let blocks = section.split("```sh\n").skip(1).map(|block| block.split("```").next().expect("the block's end"));
-    let lines: Vec<&str> = blocks.flat_map(str::lines).filter(|line| !line.is_empty()).collect();
-    let (needing, runnable): (Vec<&str>, Vec<&str>) = lines.iter().partition(|line| {
-        ["needs a cluster", "needs a registry", "needs Docker"].iter().any(|what| line.ends_with(what))
-    });
+    let (needing, runnable) = commands("Containers and Kubernetes", &["a cluster", "a registry", "Docker"]);
     assert!(needing.len() >= 8 && runnable.len() >= 3, "{needing:#?} {runnable:#?}");
     let Some(helm) = checker(test, "helm") else { return };
     let checkers = Path::new(helm.get_program()).parent().expect("a directory").display().to_string();

@@ -1,10 +1,11 @@
 //! A real browser, Chromium without a window, driven through chromedriver: JSON over HTTP (the W3C's WebDriver).
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 
 use serde_json::{Value, json};
@@ -57,6 +58,39 @@ impl Browser {
     #[track_caller]
     pub fn open(&self, address: &str) {
         self.command("url", &json!({ "url": address }));
+    }
+
+    /// Shows pages as on a screen of this size, to somebody who prefers these colours: `light`, `dark`.
+    #[track_caller]
+    pub fn emulate(&self, width: u32, height: u32, colours: &str) {
+        // Not as a phone: that one would shrink what is too wide until it fits.
+        let screen = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
+        self.devtools("Emulation.setDeviceMetricsOverride", &screen);
+        // They would take room from the page, but not in its picture.
+        self.devtools("Emulation.setScrollbarsHidden", &json!({ "hidden": true }));
+        let media = json!({ "features": [{ "name": "prefers-color-scheme", "value": colours }] });
+        self.devtools("Emulation.setEmulatedMedia", &media);
+    }
+
+    /// Writes the whole page, however long, as it looks now to a PNG file.
+    #[track_caller]
+    pub fn screenshot(&self, file: &Path) {
+        let taken = self.devtools("Page.captureScreenshot", &json!({ "captureBeyondViewport": true }));
+        let encoded = taken["data"].as_str().unwrap_or_else(|| panic!("no screenshot: {taken}"));
+        let mut decoder = Command::new(program("base64"))
+            .arg("-d")
+            .stdin(Stdio::piped())
+            .stdout(File::create(file).unwrap_or_else(|error| panic!("{}: {error}", file.display())))
+            .spawn()
+            .expect("base64 starts");
+        decoder.stdin.take().expect("it has one").write_all(encoded.as_bytes()).expect("it reads");
+        assert!(decoder.wait().expect("it ends").success());
+    }
+
+    /// A command of Chromium's own, past WebDriver.
+    #[track_caller]
+    fn devtools(&self, command: &str, parameters: &Value) -> Value {
+        self.command("goog/cdp/execute", &json!({ "cmd": command, "params": parameters }))
     }
 
     /// What a function body returns in the page.
