@@ -318,7 +318,7 @@ fn datagrams() -> Vec<Row> {
         ] {
             let kinds = [Direct, Preface, Nginx, NginxTuned];
             rows.push(row(
-                &format!("udp-{name}-{sessions}{}", if crowded { "-crowded" } else { "" }),
+                &format!("udp-{}{name}-{sessions}", if crowded { "crowded-" } else { "" }),
                 &format!("UDP, datagrams of 100 B {words}, {number}"),
                 Work::Datagrams { sessions, kept, crowded },
                 // Without a candidate nothing shares its processor.

@@ -36,7 +36,7 @@ fn every_kind_of_work_is_done_and_written_down() {
     let output = tempfile::tempdir().unwrap();
     let tcp = ["bulk-16-up", "bulk-1-down", "pingpong-64-64", "short-16", "idle", "reload", "scaling-bulk-16"];
     let watched = ["watched-pingpong-64-64", "watched-short-16"];
-    let kinds = [&tcp[..], &watched, &["udp-oneway-16", "udp-echo-1000"]].concat();
+    let kinds = [&tcp[..], &watched, &["udp-oneway-16", "udp-crowded-echo-16", "udp-echo-1000"]].concat();
     let only = "direct,preface,preface-log-on,preface-watched";
     let failed = smoke(&["--rows", &kinds.join(","), "--only", only], output.path());
     assert!(failed.is_empty(), "{failed:?}");
