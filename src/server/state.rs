@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::address::Address;
 use crate::admin::guard::Access;
-use crate::config::{Config, OnUnhealthy};
+use crate::config::{self, Config, OnUnhealthy};
 use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
 use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
@@ -412,8 +412,11 @@ impl State {
 
     /// Logs at this level until a reload changes it.
     pub fn set_log_level(&mut self, level: &str, by: &str) -> Result<(), String> {
+        if let Some(error) = config::level::errors(level).first() {
+            return Err(error.to_string());
+        }
         self.log.set_level(level).map_err(|error| error.to_string())?;
-        tracing::info!(event = "log", level, by, "the level stays until a reload changes log.level, or a restart");
+        self.log.level_changed(level, by);
         self.log_level = LogLevel { level: level.to_owned(), by: by.to_owned(), since: SystemTime::now() };
         Ok(())
     }
