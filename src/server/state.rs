@@ -230,6 +230,8 @@ impl State {
             self.deadlines.push((now + pool.slow_start / SLOW_START_STEPS, Deadline::SlowStart(key.clone())));
         }
         if known == health && before.is_some() {
+            // It goes on failing, perhaps for another reason: what to do follows the last one, the log told the first.
+            self.inputs.health.entry(key).and_modify(|record| record.reason = reason);
             return;
         }
         match health {

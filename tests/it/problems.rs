@@ -1,0 +1,50 @@
+//! What `problems` of the status says of the troubles that operators have, while they have them.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+
+use serde_json::Value;
+
+use crate::support::ports::free_port;
+use crate::support::receiver::Arrival;
+use crate::support::{Balancer, Receiver, eventually, preface};
+
+fn config(upstreams: &str, more: &str) -> String {
+    format!(
+        "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"p\"\n\
+         [pools.p]\nupstreams = [{upstreams}]\n{more}"
+    )
+}
+
+/// Those of one kind.
+fn problems(lb: &Balancer, kind: &str) -> Vec<Value> {
+    let status = lb.status();
+    let all = status["problems"].as_array().expect("a list");
+    all.iter().filter(|problem| problem["kind"] == kind).cloned().collect()
+}
+
+/// Answers 200 to whatever is asked.
+fn ok(mut stream: TcpStream, _: &Arrival) -> io::Result<()> {
+    stream.read(&mut [0; 1024])?;
+    stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+}
+
+#[test]
+fn an_unhealthy_upstream_shows_why_its_last_check_failed() {
+    let address = format!("127.0.0.1:{}", free_port());
+    let check = "[pools.p.health_check]\nprotocol = \"http\"\nexpect_status = \"404\"\ninterval = \"100ms\"\n";
+    let lb = preface(&config(&format!("{address:?}"), check));
+    let at = address.parse().expect("an address");
+    let first = lb.wait_health("p", at, "unhealthy");
+    assert_eq!(first["health_reason"], "connection refused");
+    let _receiver = Receiver::at(&address, false, ok);
+    let reason = "status 200, expected 404";
+    let later = eventually("the reason of a later check", || {
+        Some(lb.upstream("p", at)).filter(|upstream| upstream["health_reason"] == reason)
+    });
+    assert_eq!(later["health_since"], first["health_since"]);
+    let problem = problems(&lb, "unhealthy").pop().expect("a problem");
+    assert_eq!(problem["what"], format!("unhealthy: {reason}"));
+    assert!(problem["advice"].as_str().is_some_and(|advice| advice.contains("expect_status")), "{problem}");
+    assert_eq!(lb.log().lines().iter().filter(|line| line.contains("event=health ")).count(), 1);
+}
