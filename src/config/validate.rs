@@ -98,6 +98,8 @@ fn read(file: &Section<'_>, around: &Surroundings) -> Config {
             hints::upstream(&place.address, &upstream.address, around)
         };
         written.pool.upstreams.iter().zip(&written.upstreams).filter_map(hint).for_each(|hint| file.note(hint));
+        let sources = written.pool.source.iter().zip(&written.sources);
+        sources.filter_map(|(ip, text)| hints::source(text, *ip, around)).for_each(|hint| file.note(hint));
     }
     let listeners = listeners.into_iter().map(|w| (w.listener.name.clone(), Arc::new(w.listener))).collect();
     let pools = pools.into_iter().map(|w| (w.pool.name.clone(), Arc::new(w.pool))).collect();

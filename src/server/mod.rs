@@ -4,6 +4,7 @@ pub mod watch;
 mod admin_side;
 mod exposition;
 mod history;
+mod local_resources;
 mod look;
 mod names;
 mod notify;
@@ -197,6 +198,7 @@ fn start_state(
         next_slot: 0,
         suspicions: BTreeMap::new(),
         slow: SlowUpstreams::new(Instant::now()),
+        shortages: BTreeMap::new(),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         names: Names::new(Discovery::new(handle.clone())),

@@ -18,6 +18,9 @@ const NEARLY_FULL: f64 = 0.8;
 /// Drops of datagrams that the file orders, or that harm nobody.
 const INTENDED_DROPS: [&str; 3] = ["denied", "own_address", "closing"];
 
+/// The drops that are said with the connections that failed for the same reason.
+const LOCAL_DROPS: &str = "local_resources";
+
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -42,6 +45,8 @@ pub enum Kind {
     NearlyFull,
     /// Look-ups of a name fail.
     LookupsFail,
+    /// Connections fail for want of this machine's resources.
+    LocalResources,
     /// An upstream rejects its header, or misses one.
     HeaderRejected,
     /// An upstream failed its checks, or connects to it.
@@ -155,13 +160,23 @@ fn of_process(status: &Value) -> Vec<Problem> {
     found.extend(status["listeners"].as_object().into_iter().flatten().filter_map(|(name, listener)| {
         let dropped = listener["sessions"]["dropped_10m"].as_object().into_iter().flatten();
         let told: Vec<String> = dropped
-            .filter(|(reason, _)| !INTENDED_DROPS.contains(&reason.as_str()))
+            .filter(|(reason, _)| !INTENDED_DROPS.contains(&reason.as_str()) && *reason != LOCAL_DROPS)
             .map(|(reason, count)| format!("{reason} {count}"))
             .collect();
         let what = format!("listener {name} dropped datagrams in the last ten minutes: {}", told.join(", "));
         let advice = "queue_full, sessions_full: more than it, or an upstream, takes; refused, unreachable: see the pool; \
                       forbidden: this machine's own firewall; too_big: payload and header together";
         (!told.is_empty()).then(|| Problem::new(Severity::Warn, Kind::DatagramsDropped, what, advice))
+    }));
+    found.extend(status["listeners"].as_object().into_iter().flatten().filter_map(|(name, listener)| {
+        let lack = Some(&listener["local_resources"]).filter(|lack| lack.is_object())?;
+        let what = format!(
+            "{} connections of listener {name} failed here in the last ten minutes, the last one: {}",
+            lack["count_10m"],
+            text(&lack["reason"])
+        );
+        let problem = Problem::new(Severity::Bad, Kind::LocalResources, what, text(&lack["change"]));
+        Some(problem.since(&lack["since"]))
     }));
     if let Some(lines) = status["log_lines_dropped"].as_u64().filter(|lines| *lines > 0) {
         let what = format!("{lines} log lines dropped since the start: nobody reads standard output fast enough");
@@ -386,6 +401,18 @@ mod tests {
         let found = problems(&status);
         assert_eq!((found.len(), found[0].severity, found[0].kind), (1, Severity::Warn, Kind::DatagramsDropped));
         assert_eq!(found[0].what, "listener dns dropped datagrams in the last ten minutes: queue_full 3, too_big 1");
+    }
+
+    #[test]
+    fn what_this_machine_lacks_is_said_once_with_what_to_do() {
+        let mut status = status(vec![upstream(1, json!({}))]);
+        status["listeners"]["dns"]["sessions"]["dropped_10m"] = json!({ "local_resources": 7 });
+        status["listeners"]["dns"]["local_resources"] = json!({
+            "since": "2026-11-21T04:26:00.000Z", "count_10m": 7, "reason": "too many open files", "change": "raise it",
+        });
+        let what =
+            "7 connections of listener dns failed here in the last ten minutes, the last one: too many open files";
+        assert_eq!(said(&status), format!("Bad : {what} [2026-11-21T04:26:00.000Z]\n    raise it\n"));
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
+use crate::server::local_resources::Shortage;
 use crate::server::names::Names;
 use crate::server::notify::Notifier;
 use crate::server::slowness::SlowUpstreams;
@@ -132,6 +133,8 @@ pub struct State {
     pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
     /// Upstreams that have slowed.
     pub slow: SlowUpstreams,
+    /// What listeners lack of this machine's.
+    pub shortages: BTreeMap<String, Shortage>,
     /// What is logged.
     pub log_level: LogLevel,
     /// What was measured, by time.
@@ -198,6 +201,7 @@ impl State {
         self.collect().await;
         let (pools, open) = (self.config.pools.keys().cloned(), self.open.count());
         self.history.sample(&self.inputs, pools, open, Instant::now());
+        self.look_at_local_resources();
     }
 
     /// Remembers a report, newest first.

@@ -7,7 +7,8 @@
 //!   connections: { open, max }, rates: RATES, ends: ENDS,
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
-//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N }, sessions: SESSIONS } },
+//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N }, sessions: SESSIONS,
+//!                        local_resources: null | { since, count_10m, reason, change } } },
 //!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, datagrams_in, datagrams_out,
@@ -67,6 +68,7 @@ use crate::config::{Bind, HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
+use crate::server::local_resources::Shortage;
 use crate::server::problems::problems;
 use crate::server::slowness::Phase;
 use crate::server::state::State;
@@ -102,6 +104,7 @@ impl State {
                     dropped.map(|(reason, count)| (reason.as_str().to_owned(), json!(count))).collect();
                 value["sessions"] = sessions;
             }
+            value["local_resources"] = self.shortages.get(&listener.name).map_or(Value::Null, Shortage::value);
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
         }

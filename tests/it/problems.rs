@@ -48,3 +48,31 @@ fn an_unhealthy_upstream_shows_why_its_last_check_failed() {
     assert!(problem["advice"].as_str().is_some_and(|advice| advice.contains("expect_status")), "{problem}");
     assert_eq!(lb.log().lines().iter().filter(|line| line.contains("event=health ")).count(), 1);
 }
+
+#[test]
+fn connections_that_this_machine_cannot_make_are_a_problem_that_says_what_it_lacks() {
+    let receiver = Receiver::plain(ok);
+    let upstream = format!("\"{}\"", receiver.address);
+    // Of TEST-NET-1: no machine has it.
+    let mut lb = preface(&config(&upstream, "source = [\"192.0.2.9\"]\n"));
+    let warning = "source \"192.0.2.9\" is not an address of this machine";
+    assert!(problems(&lb, "configuration")[0]["what"].as_str().is_some_and(|what| what.contains(warning)));
+    lb.log().wait_for("the warning", |line| line.contains("event=config") && line.contains("192.0.2.9"));
+    for _ in 0..3 {
+        let mut answer = Vec::new();
+        let ended = lb.connect("web").read_to_end(&mut answer);
+        assert!(ended.is_err() && answer.is_empty(), "{ended:?}");
+    }
+    let problem = eventually("the problem", || problems(&lb, "local_resources").pop());
+    assert_eq!(problem["severity"], "bad");
+    let what = problem["what"].as_str().expect("text");
+    assert!(what.ends_with("source 192.0.2.9 is not an address of this machine"), "{what}");
+    assert!(problem["since"].is_string(), "{problem}");
+    assert!(problem["advice"].as_str().is_some_and(|advice| advice.contains("ip addr")), "{problem}");
+    lb.log().wait_for("the transition", |line| line.contains("event=local_resources") && line.contains("listener=web"));
+
+    lb.rewrite_config(&config(&upstream, "source = [\"127.0.0.1\"]\n"));
+    let report: Value = lb.reload().json();
+    assert_eq!(report["warnings"], serde_json::json!([]), "{report}");
+    assert_eq!(problems(&lb, "configuration").len(), 0);
+}
