@@ -124,6 +124,7 @@ async fn serve(
     }
     state.own_socket_files();
     state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.admin.as_ref()));
+    state.warnings.extend(state.limit_warnings(&state.config));
     let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);

@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::ports::free_port;
 use crate::support::receiver::Arrival;
-use crate::support::{Balancer, Receiver, eventually, preface};
+use crate::support::{Balancer, Receiver, eventually, preface, preface_by};
 
 fn config(upstreams: &str, more: &str) -> String {
     format!(
@@ -73,6 +74,42 @@ fn connections_that_this_machine_cannot_make_are_a_problem_that_says_what_it_lac
 
     lb.rewrite_config(&config(&upstream, "source = [\"127.0.0.1\"]\n"));
     let report: Value = lb.reload().json();
-    assert_eq!(report["warnings"], serde_json::json!([]), "{report}");
+    assert_eq!(report["warnings"], json!([]), "{report}");
     assert_eq!(problems(&lb, "configuration").len(), 0);
+}
+
+/// Preface with at most so many descriptors.
+fn preface_with(descriptors: usize, config: &str) -> Balancer {
+    let limited = |_: &std::path::Path| {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit -n {descriptors}; exec \"$0\" \"$@\"");
+        command.args(["-c", &script, env!("CARGO_BIN_EXE_preface")]);
+        command
+    };
+    preface_by(limited, config)
+}
+
+#[test]
+fn no_more_connections_are_accepted_than_the_descriptors_allow_whatever_the_file_says() {
+    let file = |runtime: &str| format!("{}[runtime]\nworkers = 1\n{runtime}", config("\"127.0.0.1:9\"", ""));
+    let mut lb = preface_with(512, &file("max_connections = 100000\n"));
+    let max = lb.status()["connections"]["max"].as_u64().expect("a number");
+    assert!((64..256).contains(&max), "{max}");
+    let what =
+        format!("runtime.max_connections = 100000 is more than 512 descriptors have room for: {max} is in force");
+    assert_eq!(problems(&lb, "configuration")[0]["what"], what);
+    lb.log().wait_for("the start", |line| line.contains("event=start"));
+    assert_eq!(lb.log().lines().iter().filter(|line| line.contains(&what)).count(), 1, "{}", lb.log().text());
+    assert_eq!(lb.metric("preface_connections_max", &[]) as u64, max);
+
+    lb.rewrite_config(&file("max_connections = 200000\n"));
+    let report: Value = lb.reload().json();
+    let warnings = report["warnings"].as_array().expect("a list");
+    assert!(warnings.len() == 1 && warnings[0].as_str().is_some_and(|one| one.contains("200000 is more")), "{report}");
+    lb.apply(&file("max_connections = 100\n"));
+    assert_eq!((lb.status()["connections"]["max"].as_u64(), problems(&lb, "configuration").len()), (Some(100), 0));
+
+    let lb = preface_with(64, &file(""));
+    let what = problems(&lb, "configuration")[0]["what"].clone();
+    assert_eq!(what, "the descriptor limit of 64 leaves room for 1 connections");
 }
