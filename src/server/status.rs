@@ -217,7 +217,7 @@ impl State {
     }
 
     fn process_value(&self) -> Value {
-        let Usage { memory_bytes, descriptors } = Usage::now();
+        let Usage { memory_bytes, descriptors } = Usage::now(self.descriptors);
         let workers = self.history.workers();
         let workers: Vec<Value> = workers
             .map(|(cpu, busy)| json!({ "cpu_seconds": cpu.as_secs_f64(), "busy": (busy * 1000.0).round() / 1000.0 }))
@@ -293,13 +293,18 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// As the kernel counts it; zero where /proc is hidden.
-    pub fn now() -> Usage {
+    /// As the kernel counts it; zero where /proc is hidden. Of `descriptors_max` all are open where none is left to count
+    /// with.
+    pub fn now(descriptors_max: usize) -> Usage {
         let pages = |text: String| text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
         let memory = std::fs::read_to_string("/proc/self/statm").ok().and_then(pages);
         Usage {
             memory_bytes: memory.unwrap_or_default() * rustix::param::page_size() as u64,
-            descriptors: std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64),
+            descriptors: match std::fs::read_dir("/proc/self/fd") {
+                Ok(entries) => entries.count() as u64,
+                Err(error) if error.raw_os_error() == Some(libc::EMFILE) => descriptors_max as u64,
+                Err(_) => 0,
+            },
         }
     }
 }

@@ -2,10 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};
 
+use crate::support::http;
 use crate::support::ports::free_port;
 use crate::support::receiver::Arrival;
 use crate::support::{Balancer, Receiver, eventually, preface, preface_by};
@@ -112,4 +115,32 @@ fn no_more_connections_are_accepted_than_the_descriptors_allow_whatever_the_file
     let lb = preface_with(64, &file(""));
     let what = problems(&lb, "configuration")[0]["what"].clone();
     assert_eq!(what, "the descriptor limit of 64 leaves room for 1 connections");
+}
+
+#[test]
+fn without_a_descriptor_left_the_file_is_not_said_to_be_broken_and_all_are_said_to_be_open() {
+    let mut lb = preface(&config("\"127.0.0.1:9\"", ""));
+    lb.ask("POST", "/log?level=debug");
+    let before = lb.status();
+    // No other is accepted for as long as it lasts.
+    let mut admin = UnixStream::connect(lb.admin_socket()).expect("it listens");
+    admin.write_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("it is sent");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\nok\n") {
+        let mut byte = [0];
+        admin.read_exact(&mut byte).expect("an answer");
+        answer.extend(byte);
+    }
+    let pid = Pid::from_raw(lb.id() as i32);
+    // It has raised its own to the maximum.
+    let maximum = before["process"]["descriptors_max"].as_u64();
+    prlimit(pid, Resource::Nofile, Rlimit { current: Some(1), maximum }).expect("the limit is set");
+    lb.rewrite_config(&config("\"127.0.0.1:9\"", "retries = 7\n"));
+    lb.log().wait_for_count("looks that failed", 2, |line| line.contains("no descriptor is left to look"));
+    let during: Value = http::get(&mut admin, "/status").expect("an answer").json();
+    assert_eq!(during["process"]["descriptors"], before["process"]["descriptors_max"]);
+    assert_eq!(during["reloads"], json!([]));
+    prlimit(pid, Resource::Nofile, Rlimit { current: maximum, maximum }).expect("the limit is set back");
+    lb.log().wait_for("the reload", |line| line.contains("event=reload") && line.contains("outcome=applied"));
+    assert!(!lb.log().text().contains("outcome=refused"), "{}", lb.log().text());
 }
