@@ -117,8 +117,8 @@ pub fn problems(status: &Value) -> Vec<Problem> {
     for (name, pool) in status["pools"].as_object().into_iter().flatten() {
         found.extend(of_pool(name, pool, text(&status["config"])));
         found.extend(of_names(name, pool));
-        let mut of_upstreams: Vec<Problem> =
-            upstreams(pool).flat_map(|upstream| of_upstream(name, upstream, upstreams(pool).count())).collect();
+        let of_each = |upstream| of_upstream(name, upstream, has_another(pool, upstream));
+        let mut of_upstreams: Vec<Problem> = upstreams(pool).flat_map(of_each).collect();
         of_upstreams.sort_by_key(|problem| (problem.severity, problem.kind));
         for alike in of_upstreams.chunk_by(|one, other| one.kind == other.kind) {
             found.extend(alike.iter().take(NAMED_MAX).cloned());
@@ -134,6 +134,12 @@ pub fn problems(status: &Value) -> Vec<Problem> {
 
 fn upstreams(pool: &Value) -> impl Iterator<Item = &Value> {
     pool["upstreams"].as_array().into_iter().flatten()
+}
+
+/// Would clients that this upstream is spared have another one?
+fn has_another(pool: &Value, upstream: &Value) -> bool {
+    let takes = |other: &Value| other["health"] != "unhealthy" && other["admin"] == "enabled" && other["weight"] != 0;
+    upstreams(pool).any(|other| other["address"] != upstream["address"] && takes(other))
 }
 
 fn of_process(status: &Value) -> Vec<Problem> {
@@ -247,13 +253,13 @@ fn of_pool(name: &str, pool: &Value, file: &str) -> Option<Problem> {
     Some(Problem::new(Severity::Bad, Kind::PoolUnhealthy, what, advice).of_pool(name))
 }
 
-fn of_upstream(pool: &str, upstream: &Value, beside: usize) -> Vec<Problem> {
+fn of_upstream(pool: &str, upstream: &Value, has_another: bool) -> Vec<Problem> {
     let mut found = Vec::new();
     let (address, admin) = (text(&upstream["address"]), text(&upstream["admin"]));
     let bad = |kind, what: String, advice: String| Problem::new(Severity::Bad, kind, what, advice).of(pool, upstream);
-    let drain = match beside {
-        1 => String::new(),
-        _ => format!("; meanwhile `preface drain {pool} {address}` spares clients"),
+    let drain = match has_another && admin == "enabled" {
+        false => String::new(),
+        true => format!("; meanwhile `preface drain {pool} {address}` spares clients"),
     };
     let rejected = &upstream["header_rejected"];
     if !rejected.is_null() {
@@ -484,6 +490,27 @@ mod tests {
         let mut ordered = status(vec![upstream(1, json!({ "admin": "disabled" }))]);
         ordered["pools"]["web"]["usable"] = false.into();
         assert!(said(&ordered).contains("`preface enable web`"), "{}", said(&ordered));
+    }
+
+    #[test]
+    fn nobody_is_told_to_drain_the_last_one_that_works() {
+        let advice = |other: Value| {
+            let found = problems(&status(vec![upstream(1, slow("connect")), upstream(2, other)]));
+            let of_first = found.into_iter().find(|problem| problem.upstream.as_deref() == Some("10.0.0.1:1"));
+            of_first.expect("it is slow").advice
+        };
+        for other in [
+            json!({ "health": "unhealthy" }),
+            json!({ "admin": "disabled" }),
+            json!({ "admin": "draining" }),
+            json!({ "weight": 0 }),
+        ] {
+            assert!(!advice(other.clone()).contains("preface drain"), "{other}");
+        }
+        assert!(advice(json!({})).contains("preface drain web 10.0.0.1:1"));
+        let mut drained = slow("connect");
+        drained["admin"] = "draining".into();
+        assert!(!said(&status(vec![upstream(1, drained), upstream(2, json!({}))])).contains("preface drain"));
     }
 
     #[test]
