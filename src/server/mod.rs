@@ -192,6 +192,7 @@ fn start_state(
         deadlines: Vec::new(),
         reports: VecDeque::new(),
         reloads: [0; 3],
+        refused_since: None,
         touched: HashSet::new(),
         joined: HashSet::new(),
         closing: Vec::new(),

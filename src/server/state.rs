@@ -16,7 +16,7 @@ use crate::admin::guard::Access;
 use crate::config::{self, Config, OnUnhealthy};
 use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
-use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
+use crate::control::{self, ReloadOutcome, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
 use crate::drain::OpenConnections;
 use crate::health::{Checker, Target};
 use crate::log::Log;
@@ -119,6 +119,8 @@ pub struct State {
     pub reports: VecDeque<Arc<ReloadReport>>,
     /// Reloads applied, unchanged, refused.
     pub reloads: [u64; 3],
+    /// When the first of the reloads was refused that all were since.
+    pub refused_since: Option<String>,
     /// Pools to rebuild at the next publication.
     pub touched: HashSet<String>,
     /// Upstreams that joined by a reload and were not healthy yet: their slow start begins when they are.
@@ -207,6 +209,8 @@ impl State {
     /// Remembers a report, newest first.
     pub fn remember(&mut self, report: Arc<ReloadReport>) {
         self.reloads[report.outcome as usize] += 1;
+        let is_refused = report.outcome == ReloadOutcome::Refused;
+        self.refused_since = is_refused.then(|| self.refused_since.take().unwrap_or_else(|| report.time.clone()));
         self.history.reloaded(Duration::from_secs_f64(report.duration_ms / 1000.0));
         self.reports.push_front(report);
         self.reports.truncate(REPORTS_MAX);
@@ -250,7 +254,11 @@ impl State {
         if health == Health::Healthy
             && let Some(life) = &life
         {
-            life.failed_connects.store(0, Ordering::Relaxed);
+            match self.checkers.contains_key(&key) {
+                true => life.answered(),
+                // Its time is over, no more: it may well go on failing.
+                false => life.failed_connects.store(0, Ordering::Relaxed),
+            }
         }
         self.touched.insert(key.pool.clone());
         let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };

@@ -15,12 +15,15 @@
 //!              rates: RATES, latency: LATENCY,
 //!              now_ms: { connect, first_byte },   medians of the last seconds, or null
 //!              name: null | what the file says, where it says a name,
+//!              failing: null | { in_a_row, since, last },   connects, the last ones of which all failed
+//!              failures_since: null | time,   each interval since has a failed connect
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change, certain: bool },
 //!              rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
 //!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
+//!   reloads_refused_since: null | time,   of the first refused one since one was not
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
 //!   log: { level, by, since },
 //!   warnings: [], log_lines_dropped: N, snapshot: N,
@@ -68,6 +71,7 @@ use crate::config::{Bind, HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
+use crate::server::history;
 use crate::server::local_resources::Shortage;
 use crate::server::problems::problems;
 use crate::server::slowness::Phase;
@@ -124,6 +128,7 @@ impl State {
             "listeners": listeners,
             "pools": self.pools_value(&snapshot),
             "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
+            "reloads_refused_since": self.refused_since,
             "reload_ms": self.history.reload_latency(),
             "warnings": self.warnings,
             "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
@@ -194,6 +199,8 @@ impl State {
             "now_ms": self.medians_now(&key),
             "slow": self.slow.of(&key).map(|(phase, slowness)| slowness.value(phase)),
             "rejections": rejections(upstream),
+            "failing": failing(upstream),
+            "failures_since": self.history.failures_since(&key).map(time),
             "rates": self.history.upstream_rates(&key),
             "latency": self.history.upstream_latency(&key),
         });
@@ -275,6 +282,13 @@ fn sessions_value(counters: &SessionCounters, max: usize) -> Value {
 
 fn by_word<'a>(counts: impl Iterator<Item = (impl Into<String>, &'a AtomicU64)>) -> Map<String, Value> {
     counts.map(|(word, count)| (word.into(), json!(count.load(Relaxed)))).collect()
+}
+
+/// Connects that all failed, the last one not long ago: nobody may have come since.
+fn failing(upstream: &Upstream) -> Value {
+    let Some((in_a_row, [first, last])) = upstream.life.failing() else { return Value::Null };
+    let is_recent = last.elapsed().is_ok_and(|elapsed| elapsed < history::INTERVAL * history::POINTS_MAX as u32);
+    if is_recent { json!({ "in_a_row": in_a_row, "since": time(first), "last": time(last) }) } else { Value::Null }
 }
 
 /// Connections that looked as if their header had been rejected, by how; those that there were.

@@ -144,3 +144,40 @@ fn without_a_descriptor_left_the_file_is_not_said_to_be_broken_and_all_are_said_
     lb.log().wait_for("the reload", |line| line.contains("event=reload") && line.contains("outcome=applied"));
     assert!(!lb.log().text().contains("outcome=refused"), "{}", lb.log().text());
 }
+
+#[test]
+fn an_upstream_whose_last_connects_all_failed_is_a_problem_since_the_first_of_them() {
+    let address = format!("127.0.0.1:{}", free_port());
+    let lb = preface(&config(&format!("{address:?}"), "retries = 0\n"));
+    let fail = || drop(lb.connect("web").read(&mut [0]));
+    for _ in 0..3 {
+        fail();
+    }
+    let first = eventually("the problem", || problems(&lb, "connects_fail").pop());
+    assert_eq!(first["what"], "its last 3 connects all failed");
+    fail();
+    let later = eventually("the fourth", || {
+        let found = problems(&lb, "connects_fail").pop()?;
+        (found["what"] == "its last 4 connects all failed").then_some(found)
+    });
+    assert!(first["since"].is_string() && first["since"] == later["since"], "{first} {later}");
+    let _receiver = Receiver::at(&address, false, ok);
+    drop(lb.connect("web").write_all(b"GET / HTTP/1.1\r\n\r\n"));
+    eventually("it is over", || {
+        let at = address.parse().expect("an address");
+        lb.upstream("p", at)["failing"].is_null().then_some(())
+    });
+}
+
+#[test]
+fn refused_reloads_are_a_problem_since_the_first_of_them() {
+    let mut lb = preface(&config("\"127.0.0.1:9\"", ""));
+    let mut refused = |upstream: &str| {
+        lb.rewrite_config(&config(upstream, ""));
+        assert_eq!(lb.reload().status, 422);
+        problems(&lb, "reload_refused").pop().expect("a problem")
+    };
+    let (first, second) = (refused("\"one two\""), refused("\"three four\""));
+    assert!(first["what"] != second["what"] && first["since"].is_string(), "{first} {second}");
+    assert_eq!(first["since"], second["since"]);
+}
