@@ -422,6 +422,7 @@ impl Attempt<'_> {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) if net::check::is_local(&error) => {
                 tracing::debug!(event = "connect_failed", pool, upstream = %address, reason = %error);
+                record.lacked(&error);
                 return Err(Termination::LocalResources.into());
             }
             Ok(Err(error)) => {

@@ -114,6 +114,15 @@ impl Log {
         self.filter.reload(filter).map_err(|error| Error::Level { level: level.to_owned(), reason: error.to_string() })
     }
 
+    /// Say that somebody has ordered another level, whatever that level lets through.
+    pub fn level_changed(&self, level: &str, by: &str) {
+        let mut line = Line::new(self.sender.format(), SystemTime::now(), "info", "log");
+        line.string("message", "the level stays until a reload changes log.level, or a restart");
+        line.string("level", level);
+        line.string("by", by);
+        self.line(&line.finish());
+    }
+
     /// Change the format from the next line on.
     pub fn set_format(&self, format: LogFormat) {
         self.sender.set_format(format);

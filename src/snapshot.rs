@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -61,6 +62,8 @@ pub struct ListenerLife {
     pub accepted: AtomicU64,
     /// Ended connections by `Termination`.
     pub ends: [AtomicU64; Termination::ALL.len()],
+    /// The error of the last of them that was for want of this machine's resources; 0: there was none.
+    pub local_error: AtomicI32,
     /// Bytes from clients.
     pub bytes_in: AtomicU64,
     /// Bytes to clients.
@@ -151,6 +154,7 @@ impl ListenerLife {
             open: AtomicU32::new(0),
             accepted: AtomicU64::new(0),
             ends: [const { AtomicU64::new(0) }; Termination::ALL.len()],
+            local_error: AtomicI32::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             headers: [const { AtomicU64::new(0) }; HeaderFormat::ALL.len()],
@@ -162,6 +166,11 @@ impl ListenerLife {
     /// Is a connection or session open?
     pub fn is_used(&self) -> bool {
         self.open.load(Ordering::Relaxed) > 0 || self.sessions.open.load(Ordering::Relaxed) > 0
+    }
+
+    /// Keeps why this machine could not.
+    pub fn lacked(&self, error: &io::Error) {
+        self.local_error.store(error.raw_os_error().unwrap_or_default(), Ordering::Relaxed);
     }
 
     /// Counts an end.

@@ -11,7 +11,7 @@ use super::file::Text;
 use super::names::{Name, Records};
 
 /// What is known of the machine that the configuration is for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Surroundings {
     /// Domains of resolv.conf's search list.
     pub search: Vec<String>,
@@ -21,6 +21,8 @@ pub struct Surroundings {
     pub service: Option<IpAddr>,
     /// Is it perhaps for a cluster elsewhere? Then the usual networks of Services deserve a word.
     pub elsewhere: bool,
+    /// Tells which addresses this machine does not have; `None`: nobody can say.
+    pub is_foreign: Option<fn(IpAddr) -> bool>,
 }
 
 impl Surroundings {
@@ -77,6 +79,18 @@ fn searched(text: &Text<'_>, name: &Name, around: &Surroundings) -> Option<Diagn
     )))
 }
 
+/// What there is to say about an element of `source`: every connection from it would fail.
+pub(super) fn source(text: &Text<'_>, ip: IpAddr, around: &Surroundings) -> Option<Diagnostic> {
+    around.is_foreign.filter(|is_foreign| is_foreign(ip))?;
+    let message = format!("source {:?} is not an address of this machine", text.value);
+    let warning = Diagnostic::warning(&text.span, message).label("cannot be bound here now");
+    Some(
+        warning.help(
+            "connections from it fail (preface.connect.local_resources): `ip addr` lists this machine's addresses",
+        ),
+    )
+}
+
 /// A connection to it goes anywhere. A hint only: such an address may be a machine's.
 fn cluster_ip(text: &Text<'_>, ip: IpAddr, around: &Surroundings) -> Option<Diagnostic> {
     let said = match (around.service_network(), ip) {
@@ -107,11 +121,11 @@ mod tests {
 
     fn in_a_pod() -> Surroundings {
         let search = ["web.svc.cluster.local", "svc.cluster.local", "cluster.local"].map(str::to_owned).to_vec();
-        Surroundings { search, ndots: 5, service: Some([10, 96, 0, 1].into()), elsewhere: false }
+        Surroundings { search, ndots: 5, service: Some([10, 96, 0, 1].into()), elsewhere: false, is_foreign: None }
     }
 
     fn on_a_host(elsewhere: bool) -> Surroundings {
-        Surroundings { search: vec!["example.com".to_owned()], ndots: 1, service: None, elsewhere }
+        Surroundings { search: vec!["example.com".to_owned()], ndots: 1, service: None, elsewhere, is_foreign: None }
     }
 
     #[test]

@@ -161,7 +161,7 @@ static RUNTIME: Table = Table {
             "max_connections",
             Kind::Integer(0, CONNECTIONS_MAX),
             Default::Integer(0),
-            "Limit of all listeners together; 0: as many as the descriptor limit has room for.",
+            "Limit of all listeners together; 0: as many as the descriptor limit has room for, and never more than that.",
         ),
         key(
             "stop_delay",

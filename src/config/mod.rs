@@ -2,7 +2,7 @@
 //!
 //! `keys` lists every table and key with its default, `file` reads the TOML as written by that list, `validate` and the
 //! file of each table turn it into a `Config` or into all of its errors, `diff` says what changed between two, `error`
-//! renders for people, `words` names values as the file does. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+//! renders for people, `words` names values as the file does, `level` knows the log's levels. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
 
 mod address;
 pub mod diff;
@@ -11,6 +11,7 @@ mod file;
 mod health_check;
 pub mod hints;
 pub mod keys;
+pub mod level;
 mod listener;
 pub mod names;
 mod pool;

@@ -21,6 +21,8 @@ pub(super) struct WrittenPool<'a> {
     /// Where `proxy_protocol` stands, else the name.
     pub(super) proxy_protocol: Span,
     pub(super) tlvs: Section<'a>,
+    /// As many as `pool.source`.
+    pub(super) sources: Vec<Text<'a>>,
     /// As many as `pool.upstreams`.
     pub(super) upstreams: Vec<WrittenUpstream<'a>>,
     /// Some upstream or version could not be read: nothing is said about who gets which header.
@@ -62,6 +64,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
         max_connections: section.size("max_connections"),
     };
     let (upstreams, places) = upstreams(section, &defaults);
+    let (source, sources) = source(section, &upstreams, &places);
     let pool = Pool {
         name: section.name.to_owned(),
         balance: match section.word("balance") {
@@ -75,7 +78,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
             "first_alone" => UdpHeader::FirstAlone,
             _ => UdpHeader::EveryDatagram,
         },
-        source: source(section, &upstreams, &places),
+        source,
         connect_timeout: section.duration("connect_timeout"),
         connect_deadline: section.duration("connect_deadline"),
         retries: section.count("retries"),
@@ -101,7 +104,7 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     let (name, proxy_protocol) = (section.span.clone(), section.span_of("proxy_protocol"));
     let all_read = section.list_len("upstreams") == places.len();
     let unclear = !all_read || section.word_is_wrong("proxy_protocol") || places.iter().any(|place| place.unclear);
-    WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, upstreams: places, unclear }
+    WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, sources, upstreams: places, unclear }
 }
 
 /// `proxy_protocol` as written.
@@ -185,14 +188,21 @@ fn read_upstream<'a>(table: &Section<'a>, defaults: &PoolDefaults) -> (Option<Up
     (upstream, Some(WrittenUpstream { address: text, tlvs: Some(tlvs_section), proxy_protocol, unclear }))
 }
 
-fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstream<'_>]) -> Vec<IpAddr> {
-    let mut sources = Vec::new();
+fn source<'a>(
+    section: &Section<'a>,
+    upstreams: &[Upstream],
+    places: &[WrittenUpstream<'_>],
+) -> (Vec<IpAddr>, Vec<Text<'a>>) {
+    let (mut sources, mut texts) = (Vec::new(), Vec::new());
     for text in section.texts("source") {
         match address::source(&text) {
             Ok(ip) if sources.contains(&ip) => {
                 section.note(Diagnostic::error(&text.span, format!("{:?} stands twice in \"source\"", text.value)));
             }
-            Ok(ip) => sources.push(ip),
+            Ok(ip) => {
+                sources.push(ip);
+                texts.push(text);
+            }
             Err(diagnostic) => section.note(*diagnostic),
         }
     }
@@ -207,7 +217,7 @@ fn source(section: &Section<'_>, upstreams: &[Upstream], places: &[WrittenUpstre
             section.note(diagnostic.help(format!("add an {family} address of this machine to \"source\"")).if_whole());
         }
     }
-    sources
+    (sources, texts)
 }
 
 fn check_connect_times(section: &Section<'_>, pool: &Pool) {

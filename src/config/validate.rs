@@ -15,12 +15,9 @@ use super::pool::{WrittenPool, WrittenUpstream};
 use super::tlvs::Levels;
 use super::{
     Admin, AdminBind, Bind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime,
-    UpstreamAddress, address, hints, listener, pool, tlvs,
+    UpstreamAddress, address, hints, level, listener, pool, tlvs,
 };
 use crate::address::Address;
-
-/// The levels of the log.
-const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 /// Reads the whole text.
 pub(super) fn parse(file_name: &str, text: &str, around: &Surroundings) -> Result<Parsed, Errors> {
@@ -101,6 +98,8 @@ fn read(file: &Section<'_>, around: &Surroundings) -> Config {
             hints::upstream(&place.address, &upstream.address, around)
         };
         written.pool.upstreams.iter().zip(&written.upstreams).filter_map(hint).for_each(|hint| file.note(hint));
+        let sources = written.pool.source.iter().zip(&written.sources);
+        sources.filter_map(|(ip, text)| hints::source(text, *ip, around)).for_each(|hint| file.note(hint));
     }
     let listeners = listeners.into_iter().map(|w| (w.listener.name.clone(), Arc::new(w.listener))).collect();
     let pools = pools.into_iter().map(|w| (w.pool.name.clone(), Arc::new(w.pool))).collect();
@@ -119,7 +118,9 @@ fn runtime(section: &Section<'_>) -> Runtime {
 
 fn log(section: &Section<'_>) -> Log {
     let level = section.text("level").expect("it has a default");
-    check_level(section, &level);
+    for error in level::errors(level.value) {
+        section.note(Diagnostic::error(&level.span, error.what).help(error.advice));
+    }
     Log {
         level: level.value.to_owned(),
         format: match section.word("format") {
@@ -132,27 +133,6 @@ fn log(section: &Section<'_>) -> Log {
             "start_and_end" => LogConnections::StartAndEnd,
             _ => LogConnections::All,
         },
-    }
-}
-
-/// A part of what an `EnvFilter` takes: levels, and levels by module. A word alone is a level here, so that a
-/// misspelt level is an error and not a module that never logs.
-fn check_level(section: &Section<'_>, text: &Text<'_>) {
-    let module =
-        |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:-".contains(&b));
-    for directive in text.value.split(',').map(str::trim) {
-        let (target, level) = directive.split_once('=').unwrap_or(("preface", directive));
-        let known = LEVELS.contains(&level.to_ascii_lowercase().as_str());
-        if known && module(target) {
-            continue;
-        }
-        let wrong = if known { target } else { level };
-        let message = format!("{wrong:?} is not a {} of the log", if known { "module" } else { "level" });
-        let diagnostic = Diagnostic::error(&text.span, message);
-        section.note(match nearest(level, &LEVELS).filter(|_| !known) {
-            Some(near) => diagnostic.help(format!("did you mean {near:?}?")),
-            None => diagnostic.help(format!("levels: {}; by module: \"info,preface::health=debug\"", quoted(&LEVELS))),
-        });
     }
 }
 

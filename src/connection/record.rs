@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -302,6 +303,11 @@ impl Record {
 
     fn ulid(&self) -> Ulid {
         Ulid::from_bytes(self.entry.id)
+    }
+
+    /// This machine could not.
+    pub fn lacked(&self, error: &io::Error) {
+        self.entry.listener.lacked(error);
     }
 
     /// Another attempt begins, at this upstream.

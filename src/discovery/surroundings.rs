@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::files::Files;
 use crate::config::hints::Surroundings;
+use crate::net::check::is_foreign;
 
 /// As they are here and now.
 pub fn here() -> Surroundings {
@@ -13,7 +14,7 @@ pub fn here() -> Surroundings {
     };
     // The kubelet tells every pod the address of the API server's Service.
     let service = std::env::var("KUBERNETES_SERVICE_HOST").ok().and_then(|text| text.parse::<IpAddr>().ok());
-    Surroundings { search, ndots, service, elsewhere: false }
+    Surroundings { search, ndots, service, elsewhere: false, is_foreign: Some(is_foreign) }
 }
 
 /// The same for a file that may be for another machine.

@@ -199,6 +199,7 @@ fn spawn(target: &Target, handle: &control::Handle, shared: &Arc<Shared>) -> Abo
 
 /// Checks until the control thread is gone.
 async fn run(target: Target, handle: control::Handle, shared: Arc<Shared>) {
+    let mut reported = None;
     for turn in 0.. {
         let attempt = attempt(&target, turn);
         let started = Instant::now();
@@ -214,7 +215,9 @@ async fn run(target: Target, handle: control::Handle, shared: Arc<Shared>) {
         // A report of the task before may have been lost with it: the first one says what stands, changed or not.
         let stands = || Some(shared.state.lock().expect(NO_PANIC).health()).filter(|health| *health != Health::Unknown);
         let first = || stands().filter(|_| turn == 0).map(|health| (health, "as it was before the reload".to_owned()));
-        if let Some((health, reason)) = change.or_else(first) {
+        if let Some(change) = change.or_else(first).filter(|change| reported.as_ref() != Some(change)) {
+            reported = Some(change.clone());
+            let (health, reason) = change;
             let observation = Observation { key: target.key.clone(), health, reason };
             if handle.observed(vec![observation]).await.is_err() {
                 return;
@@ -249,11 +252,12 @@ fn attempt(target: &Target, turn: usize) -> Attempt {
     }
 }
 
-/// A new health and its reason.
+/// A new health and its reason, or a new reason of the same one.
 type Change = (Health, String);
 
 impl Shared {
-    /// Counts a result, and says what it changed and when the next check is due.
+    /// Counts a result, and says what it changed and when the next check is due. Each failed check of an unhealthy
+    /// upstream says why it still is: the first one's reason may be mended long since.
     fn take_in(
         &self,
         outcome: Outcome,
@@ -271,8 +275,10 @@ impl Shared {
         );
         let mut state = self.state.lock().expect(NO_PANIC);
         let change = state.record(outcome.verdict, &target.check);
+        let still = (outcome.verdict == Verdict::Failed).then(|| state.health());
+        let told = change.or(still.filter(|health| *health == Health::Unhealthy));
         let next = state.next_check(&target.check, started, ended, fastrand::f64());
-        (change.map(|health| (health, outcome.reason)), next)
+        (told.map(|health| (health, outcome.reason)), next)
     }
 
     /// Sets the state that an ejection asked for.

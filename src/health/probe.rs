@@ -50,7 +50,7 @@ pub struct Outcome {
 /// Why a check did not pass.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
-    #[error("{}", words(.0))]
+    #[error("{}", check::words(.0))]
     Io(#[from] io::Error),
     #[error("not connected within {}", humantime::format_duration(*.0))]
     NotConnected(Duration),
@@ -77,7 +77,7 @@ pub async fn run(attempt: &Attempt, check: &HealthCheck) -> Outcome {
     let (verdict, reason) = match result {
         Ok(done) => (Verdict::Passed, format!("{done} in {:.1} ms", elapsed.as_secs_f64() * 1000.0)),
         Err(Failure::Io(error)) if check::is_local(&error) => {
-            (Verdict::Void, format!("local_resources: {}", words(&error)))
+            (Verdict::Void, format!("local_resources: {}", check::words(&error)))
         }
         Err(failure) if is_late(elapsed, attempt.timeout) => {
             let late_ms = (elapsed - attempt.timeout).as_millis();
@@ -189,18 +189,6 @@ async fn read_to_end(stream: &mut Connection) {
         let _ = tokio::io::copy(&mut rest, &mut tokio::io::sink()).await;
     };
     let _ = timeout(CLOSE_TIME_MAX, reading).await;
-}
-
-/// The system's words without its number: "connection refused".
-fn words(error: &io::Error) -> String {
-    let mut text = error.to_string();
-    if let Some(number) = text.find(" (os error") {
-        text.truncate(number);
-    }
-    if let Some(first) = text.get_mut(..1) {
-        first.make_ascii_lowercase();
-    }
-    text
 }
 
 /// Bytes for people: quoted, escaped, and not more than a line takes.

@@ -162,9 +162,12 @@ fn admit(shared: &Rc<Shared>, accepted: Accepted, acceptor: &Acceptor, listener:
         record.end(termination);
         return;
     }
-    let Ok(stream) = Stream::new(accepted) else {
-        record.end(Termination::LocalResources);
-        return;
+    let stream = match Stream::new(accepted) {
+        Ok(stream) => stream,
+        Err(error) => {
+            record.lacked(&error);
+            return record.end(Termination::LocalResources);
+        }
     };
     // A socket bound to one address has that address; only under a wildcard must the kernel be asked.
     if acceptor.bound.is_unspecified() {

@@ -450,7 +450,8 @@ impl Udp {
         }
         let watched = self.upstreams.add(&session.link.socket, number(slot, session.generation));
         core.sessions[slot] = Some(session);
-        if watched.is_err() {
+        if let Err(error) = watched {
+            listener.life.lacked(&error);
             core.close(shared, slot, Termination::LocalResources);
             return Err(DropReason::LocalResources);
         }

@@ -157,6 +157,24 @@ pub fn is_local(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| OURS.contains(&code))
 }
 
+/// Is it certainly no address of this machine? What cannot be told is not.
+pub fn is_foreign(ip: IpAddr) -> bool {
+    let bound = std::net::UdpSocket::bind((ip, 0));
+    bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrNotAvailable)
+}
+
+/// The system's words without its number: "connection refused".
+pub fn words(error: &io::Error) -> String {
+    let mut text = error.to_string();
+    if let Some(number) = text.find(" (os error") {
+        text.truncate(number);
+    }
+    if let Some(first) = text.get_mut(..1) {
+        first.make_ascii_lowercase();
+    }
+    text
+}
+
 /// When the last ACK of the handshake is sent.
 #[derive(Clone, Copy, PartialEq)]
 enum Acknowledge {

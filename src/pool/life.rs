@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use super::rejection::{self, Rejection};
 use crate::address::Address;
@@ -13,8 +14,12 @@ pub struct UpstreamLife {
     pub address: Address,
     /// Connections open now, connecting ones included.
     pub open: AtomicU32,
-    /// Failed connects in a row, over all workers.
+    /// Failed connects in a row, over all workers, since it was taken in (again).
     pub failed_connects: AtomicU32,
+    /// Failed connects in a row, since it was last known to answer.
+    failing: AtomicU32,
+    /// When the first and the last of those failed: milliseconds of UNIX time.
+    failing_since: [AtomicU64; 2],
     /// Has it answered a connection, with the header that it gets now?
     has_answered: AtomicBool,
     /// Rejections in a row, over all workers; and how the last one looked.
@@ -56,6 +61,8 @@ impl UpstreamLife {
             address,
             open: AtomicU32::new(0),
             failed_connects: AtomicU32::new(0),
+            failing: AtomicU32::new(0),
+            failing_since: Default::default(),
             has_answered: AtomicBool::new(false),
             rejections: AtomicU32::new(0),
             last_rejection: AtomicU8::new(0),
@@ -85,6 +92,12 @@ impl UpstreamLife {
     /// Counts a failed connect; how many in a row that makes.
     pub fn connect_failed(&self) -> u32 {
         self.counters.connect_failures.fetch_add(1, Ordering::Relaxed);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let [first, last] = &self.failing_since;
+        last.store(now, Ordering::Relaxed);
+        if self.failing.fetch_add(1, Ordering::Relaxed) == 0 {
+            first.store(now, Ordering::Relaxed);
+        }
         self.failed_connects.fetch_add(1, Ordering::Relaxed) + 1
     }
 
@@ -102,9 +115,17 @@ impl UpstreamLife {
     /// It is there: failed connects are no longer in a row.
     pub fn answered(&self) {
         // Written only when it changes: the line is shared by all workers.
-        if self.failed_connects.load(Ordering::Relaxed) != 0 {
+        if self.failing.load(Ordering::Relaxed) != 0 {
+            self.failing.store(0, Ordering::Relaxed);
             self.failed_connects.store(0, Ordering::Relaxed);
         }
+    }
+
+    /// How many of its last connects failed, without one in between that did not, and when the first and the last did.
+    pub fn failing(&self) -> Option<(u32, [SystemTime; 2])> {
+        let in_a_row = self.failing.load(Ordering::Relaxed);
+        let at = |time: &AtomicU64| SystemTime::UNIX_EPOCH + Duration::from_millis(time.load(Ordering::Relaxed));
+        (in_a_row > 0).then(|| (in_a_row, self.failing_since.each_ref().map(at)))
     }
 }
 

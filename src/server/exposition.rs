@@ -97,7 +97,7 @@ impl State {
         for (worker, (cpu, _)) in self.history.workers().enumerate() {
             busy.sample(&[("worker", &worker.to_string())], cpu.as_secs_f64());
         }
-        let usage = Usage::now();
+        let usage = Usage::now(self.descriptors);
         families
             .counter("preface_process_cpu_seconds_total", "Processor time of the process.")
             .sample(&[], limits::process_time().as_secs_f64());

@@ -69,6 +69,9 @@ const RATES: [&str; 6] = [
     "datagrams_out_per_s",
 ];
 
+/// The rate of failures among them.
+const FAILURES: usize = 1;
+
 impl Totals {
     fn add(&mut self, more: Totals) {
         self.open += more.open;
@@ -180,6 +183,8 @@ struct OfPool {
 #[derive(Debug, Default)]
 struct OneUpstream {
     points: Points,
+    /// Every interval since has failures.
+    failures_since: Option<SystemTime>,
     times: [CoarseTrack; KINDS],
     checks: CoarseTrack,
 }
@@ -304,6 +309,9 @@ impl History {
             let upstream = self.upstreams.entry(key.clone()).or_default();
             let times = upstream.times.each_mut().map(CoarseTrack::close);
             upstream.points.push(totals, elapsed, with_checks(times, upstream.checks.close()));
+            let begun = SystemTime::now().checked_sub(elapsed);
+            let has_failed = upstream.points.points.back().is_some_and(|point| point.rates[FAILURES] > 0.0);
+            upstream.failures_since = upstream.failures_since.or(begun).filter(|_| has_failed);
         }
         self.pools.retain(|name, _| of_pools.contains_key(name));
         for (name, totals) in of_pools {
@@ -389,6 +397,11 @@ impl History {
     /// Rates of an upstream in the last interval.
     pub fn upstream_rates(&self, key: &UpstreamKey) -> Value {
         self.upstreams.get(key).map_or_else(|| Points::default().rates(), |upstream| upstream.points.rates())
+    }
+
+    /// Each interval since then has a failed connect.
+    pub fn failures_since(&self, key: &UpstreamKey) -> Option<SystemTime> {
+        self.upstreams.get(key)?.failures_since
     }
 
     /// Percentiles of an upstream.

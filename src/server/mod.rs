@@ -4,6 +4,7 @@ pub mod watch;
 mod admin_side;
 mod exposition;
 mod history;
+mod local_resources;
 mod look;
 mod names;
 mod notify;
@@ -123,6 +124,7 @@ async fn serve(
     }
     state.own_socket_files();
     state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.admin.as_ref()));
+    state.warnings.extend(state.limit_warnings(&state.config));
     let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
@@ -190,6 +192,7 @@ fn start_state(
         deadlines: Vec::new(),
         reports: VecDeque::new(),
         reloads: [0; 3],
+        refused_since: None,
         touched: HashSet::new(),
         joined: HashSet::new(),
         closing: Vec::new(),
@@ -197,6 +200,7 @@ fn start_state(
         next_slot: 0,
         suspicions: BTreeMap::new(),
         slow: SlowUpstreams::new(Instant::now()),
+        shortages: BTreeMap::new(),
         log_level: LogLevel::configured(&config.log.level),
         history: History::new(count, Instant::now()),
         names: Names::new(Discovery::new(handle.clone())),

@@ -5,7 +5,8 @@ use serde_json::Value;
 /// Of one kind in one pool this many are named, and the rest is counted: a whole pool that is down must not hide others.
 const NAMED_MAX: usize = 5;
 
-/// Failed connects in an interval of five seconds that are worth a word; also at least `FAILED_SHARE` of the attempts.
+/// Failed connects in an interval of five seconds that are worth a word, if they are at least `FAILED_SHARE` of the
+/// attempts; and so many in a row, however long that takes.
 const FAILED_MIN: f64 = 3.0;
 /// See `FAILED_MIN`.
 const FAILED_SHARE: f64 = 0.1;
@@ -17,6 +18,9 @@ const NEARLY_FULL: f64 = 0.8;
 
 /// Drops of datagrams that the file orders, or that harm nobody.
 const INTENDED_DROPS: [&str; 3] = ["denied", "own_address", "closing"];
+
+/// The drops that are said with the connections that failed for the same reason.
+const LOCAL_DROPS: &str = "local_resources";
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
@@ -42,6 +46,8 @@ pub enum Kind {
     NearlyFull,
     /// Look-ups of a name fail.
     LookupsFail,
+    /// Connections fail for want of this machine's resources.
+    LocalResources,
     /// An upstream rejects its header, or misses one.
     HeaderRejected,
     /// An upstream failed its checks, or connects to it.
@@ -112,8 +118,8 @@ pub fn problems(status: &Value) -> Vec<Problem> {
     for (name, pool) in status["pools"].as_object().into_iter().flatten() {
         found.extend(of_pool(name, pool, text(&status["config"])));
         found.extend(of_names(name, pool));
-        let mut of_upstreams: Vec<Problem> =
-            upstreams(pool).flat_map(|upstream| of_upstream(name, upstream, upstreams(pool).count())).collect();
+        let of_each = |upstream| of_upstream(name, upstream, has_another(pool, upstream));
+        let mut of_upstreams: Vec<Problem> = upstreams(pool).flat_map(of_each).collect();
         of_upstreams.sort_by_key(|problem| (problem.severity, problem.kind));
         for alike in of_upstreams.chunk_by(|one, other| one.kind == other.kind) {
             found.extend(alike.iter().take(NAMED_MAX).cloned());
@@ -131,6 +137,17 @@ fn upstreams(pool: &Value) -> impl Iterator<Item = &Value> {
     pool["upstreams"].as_array().into_iter().flatten()
 }
 
+/// Would clients that this upstream is spared have another one?
+fn has_another(pool: &Value, upstream: &Value) -> bool {
+    let takes = |other: &Value| other["health"] != "unhealthy" && other["admin"] == "enabled" && other["weight"] != 0;
+    upstreams(pool).any(|other| other["address"] != upstream["address"] && takes(other) && !all_fail(other))
+}
+
+/// Did the last connects to it all fail?
+fn all_fail(upstream: &Value) -> bool {
+    upstream["failing"]["in_a_row"].as_f64().unwrap_or_default() >= FAILED_MIN
+}
+
 fn of_process(status: &Value) -> Vec<Problem> {
     let mut found = Vec::new();
     let last = &status["reloads"][0];
@@ -138,7 +155,9 @@ fn of_process(status: &Value) -> Vec<Problem> {
         let what = format!("the last reload was refused, what ran before goes on: {}", first_error(&last["errors"]));
         let advice =
             format!("correct the file and save it; `preface check {}` shows every error", text(&status["config"]));
-        found.push(Problem::new(Severity::Bad, Kind::ReloadRefused, what, advice).since(&last["time"]));
+        found.push(
+            Problem::new(Severity::Bad, Kind::ReloadRefused, what, advice).since(&status["reloads_refused_since"]),
+        );
     }
     let [open, max] = ["open", "max"].map(|key| status["connections"][key].as_f64().unwrap_or_default());
     if max > 0.0 && open > max * NEARLY_FULL {
@@ -155,13 +174,23 @@ fn of_process(status: &Value) -> Vec<Problem> {
     found.extend(status["listeners"].as_object().into_iter().flatten().filter_map(|(name, listener)| {
         let dropped = listener["sessions"]["dropped_10m"].as_object().into_iter().flatten();
         let told: Vec<String> = dropped
-            .filter(|(reason, _)| !INTENDED_DROPS.contains(&reason.as_str()))
+            .filter(|(reason, _)| !INTENDED_DROPS.contains(&reason.as_str()) && *reason != LOCAL_DROPS)
             .map(|(reason, count)| format!("{reason} {count}"))
             .collect();
         let what = format!("listener {name} dropped datagrams in the last ten minutes: {}", told.join(", "));
         let advice = "queue_full, sessions_full: more than it, or an upstream, takes; refused, unreachable: see the pool; \
                       forbidden: this machine's own firewall; too_big: payload and header together";
         (!told.is_empty()).then(|| Problem::new(Severity::Warn, Kind::DatagramsDropped, what, advice))
+    }));
+    found.extend(status["listeners"].as_object().into_iter().flatten().filter_map(|(name, listener)| {
+        let lack = Some(&listener["local_resources"]).filter(|lack| lack.is_object())?;
+        let what = format!(
+            "{} connections of listener {name} failed here in the last ten minutes, the last one: {}",
+            lack["count_10m"],
+            text(&lack["reason"])
+        );
+        let problem = Problem::new(Severity::Bad, Kind::LocalResources, what, text(&lack["change"]));
+        Some(problem.since(&lack["since"]))
     }));
     if let Some(lines) = status["log_lines_dropped"].as_u64().filter(|lines| *lines > 0) {
         let what = format!("{lines} log lines dropped since the start: nobody reads standard output fast enough");
@@ -221,24 +250,30 @@ fn of_pool(name: &str, pool: &Value, file: &str) -> Option<Problem> {
         true => format!("`preface enable {name}`, or give one of its upstreams a weight"),
         false => format!("mend one of its upstreams, see below; `preface doctor --config {file}` asks all of them"),
     };
+    // Since the last one left.
+    let left = upstreams(pool).filter_map(|upstream| {
+        let unhealthy = Some(&upstream["health_since"]).filter(|_| upstream["health"] == "unhealthy");
+        [unhealthy, Some(&upstream["admin_since"])].into_iter().flatten().filter_map(Value::as_str).min()
+    });
+    let since = left.max().map_or(Value::Null, Value::from);
     if pool["usable"] == false {
         let what = "takes no connections, new ones are reset: no upstream is usable";
-        return Some(Problem::new(Severity::Bad, Kind::PoolUnusable, what, advice).of_pool(name));
+        return Some(Problem::new(Severity::Bad, Kind::PoolUnusable, what, advice).of_pool(name).since(&since));
     }
     if upstreams(pool).filter(enabled).any(may_serve) {
         return None;
     }
     let what = "no upstream is healthy and enabled: connections go to those that are not";
-    Some(Problem::new(Severity::Bad, Kind::PoolUnhealthy, what, advice).of_pool(name))
+    Some(Problem::new(Severity::Bad, Kind::PoolUnhealthy, what, advice).of_pool(name).since(&since))
 }
 
-fn of_upstream(pool: &str, upstream: &Value, beside: usize) -> Vec<Problem> {
+fn of_upstream(pool: &str, upstream: &Value, has_another: bool) -> Vec<Problem> {
     let mut found = Vec::new();
     let (address, admin) = (text(&upstream["address"]), text(&upstream["admin"]));
     let bad = |kind, what: String, advice: String| Problem::new(Severity::Bad, kind, what, advice).of(pool, upstream);
-    let drain = match beside {
-        1 => String::new(),
-        _ => format!("; meanwhile `preface drain {pool} {address}` spares clients"),
+    let drain = match has_another && admin == "enabled" {
+        false => String::new(),
+        true => format!("; meanwhile `preface drain {pool} {address}` spares clients"),
     };
     let rejected = &upstream["header_rejected"];
     if !rejected.is_null() {
@@ -256,14 +291,8 @@ fn of_upstream(pool: &str, upstream: &Value, beside: usize) -> Vec<Problem> {
         let what = format!("unhealthy: {reason}");
         found.push(bad(Kind::Unhealthy, what, of_reason(reason, address)).since(&upstream["health_since"]));
     }
-    let rate = |key: &str| upstream["rates"][key].as_f64().unwrap_or_default() * RATE_SECONDS;
-    let (failed, made) = (rate("failures_per_s"), rate("connections_per_s"));
-    if !is_unhealthy && failed.round() >= FAILED_MIN && failed >= (failed + made) * FAILED_SHARE {
-        let what = format!("{failed:.0} of {:.0} connects failed in the last 5 s", failed + made);
-        let advice = "refused at once: does it listen on that address and port? only after connect_timeout: firewall, or its \
-                      accept queue is full (`ss -ltn` there)";
-        found.push(bad(Kind::ConnectsFail, what, advice.to_owned() + &drain));
-    }
+    found
+        .extend(failing_connects(upstream, &drain).filter(|_| !is_unhealthy).map(|problem| problem.of(pool, upstream)));
     let slow = &upstream["slow"];
     if !slow.is_null() {
         let (what, advice) = slowed(slow);
@@ -277,6 +306,24 @@ fn of_upstream(pool: &str, upstream: &Value, beside: usize) -> Vec<Problem> {
         found.push(problem.since(&upstream["admin_since"]));
     }
     found
+}
+
+/// Connects that fail: all of the last ones, or many of the last seconds.
+fn failing_connects(upstream: &Value, drain: &str) -> Option<Problem> {
+    let rate = |key: &str| upstream["rates"][key].as_f64().unwrap_or_default() * RATE_SECONDS;
+    let (failed, made) = (rate("failures_per_s"), rate("connections_per_s"));
+    let (what, since) = if all_fail(upstream) {
+        let failing = &upstream["failing"];
+        (format!("its last {} connects all failed", failing["in_a_row"]), &failing["since"])
+    } else if failed.round() >= FAILED_MIN && failed >= (failed + made) * FAILED_SHARE {
+        let what = format!("{failed:.0} of {:.0} connects failed in the last 5 s", failed + made);
+        (what, &upstream["failures_since"])
+    } else {
+        return None;
+    };
+    let advice = "refused at once: does it listen on that address and port? only after connect_timeout: firewall, or its \
+                  accept queue is full (`ss -ltn` there)";
+    Some(Problem::new(Severity::Bad, Kind::ConnectsFail, what, advice.to_owned() + drain).since(since))
 }
 
 /// What has slowed, and where to look.
@@ -389,6 +436,18 @@ mod tests {
     }
 
     #[test]
+    fn what_this_machine_lacks_is_said_once_with_what_to_do() {
+        let mut status = status(vec![upstream(1, json!({}))]);
+        status["listeners"]["dns"]["sessions"]["dropped_10m"] = json!({ "local_resources": 7 });
+        status["listeners"]["dns"]["local_resources"] = json!({
+            "since": "2026-11-21T04:26:00.000Z", "count_10m": 7, "reason": "too many open files", "change": "raise it",
+        });
+        let what =
+            "7 connections of listener dns failed here in the last ten minutes, the last one: too many open files";
+        assert_eq!(said(&status), format!("Bad : {what} [2026-11-21T04:26:00.000Z]\n    raise it\n"));
+    }
+
+    #[test]
     fn each_problem_says_what_to_do() {
         let pools = vec![
             upstream(1, slow("connect")),
@@ -424,6 +483,7 @@ mod tests {
         status["connections"]["open"] = 900.into();
         status["log_lines_dropped"] = 7.into();
         status["warnings"] = json!(["warning: the header is larger\n  --> preface.toml:7:1\n  |\n7 | x"]);
+        status["reloads_refused_since"] = "2026-11-21T04:36:00.000Z".into();
         status["reloads"] = json!([{
             "outcome": "refused", "time": "2026-11-21T04:36:00.000Z",
             "errors": ["error: no pool named \"ingres\"\n  --> preface.toml:3:8\n  |", "error: another"],
@@ -457,6 +517,58 @@ mod tests {
         let mut ordered = status(vec![upstream(1, json!({ "admin": "disabled" }))]);
         ordered["pools"]["web"]["usable"] = false.into();
         assert!(said(&ordered).contains("`preface enable web`"), "{}", said(&ordered));
+    }
+
+    #[test]
+    fn connects_that_all_fail_are_said_however_few_come_and_since_the_first() {
+        let since = "2026-11-21T04:26:00.000Z";
+        let failing = |count: u32| json!({ "failing": { "in_a_row": count, "since": since, "last": since } });
+        assert_eq!(said(&status(vec![upstream(1, failing(2))])), "");
+        let found = problems(&status(vec![upstream(1, failing(3))]));
+        assert_eq!((found.len(), found[0].kind, found[0].since.as_deref()), (1, Kind::ConnectsFail, Some(since)));
+        assert_eq!(found[0].what, "its last 3 connects all failed");
+        assert!(!found[0].advice.contains("preface drain"), "{}", found[0].advice);
+    }
+
+    #[test]
+    fn nobody_is_told_to_drain_the_last_one_that_works() {
+        let advice = |other: Value| {
+            let found = problems(&status(vec![upstream(1, slow("connect")), upstream(2, other)]));
+            let of_first = found.into_iter().find(|problem| problem.upstream.as_deref() == Some("10.0.0.1:1"));
+            of_first.expect("it is slow").advice
+        };
+        for other in [
+            json!({ "health": "unhealthy" }),
+            json!({ "admin": "disabled" }),
+            json!({ "admin": "draining" }),
+            json!({ "weight": 0 }),
+            json!({ "failing": { "in_a_row": 3 } }),
+        ] {
+            assert!(!advice(other.clone()).contains("preface drain"), "{other}");
+        }
+        assert!(advice(json!({})).contains("preface drain web 10.0.0.1:1"));
+        let mut drained = slow("connect");
+        drained["admin"] = "draining".into();
+        assert!(!said(&status(vec![upstream(1, drained), upstream(2, json!({}))])).contains("preface drain"));
+    }
+
+    #[test]
+    fn a_problem_is_as_old_as_what_began_it() {
+        let at = |minute: u32| format!("2026-11-21T04:{minute:02}:00.000Z");
+        let unhealthy = |port, minute| upstream(port, json!({ "health": "unhealthy", "health_since": at(minute) }));
+        let taken_out = upstream(3, json!({ "admin": "draining", "admin_since": at(50) }));
+        let since = |status: &Value| problems(status)[0].since.clone();
+        let mut none = status(vec![unhealthy(1, 20), unhealthy(2, 30)]);
+        assert_eq!(since(&none), Some(at(30)));
+        none["pools"]["web"]["usable"] = false.into();
+        assert_eq!(since(&none), Some(at(30)));
+        assert_eq!(since(&status(vec![unhealthy(1, 20), taken_out])), Some(at(50)));
+        let mut refused = status(vec![]);
+        refused["reloads"] = json!([{ "outcome": "refused", "time": at(9), "errors": ["x"] }]);
+        refused["reloads_refused_since"] = at(3).into();
+        assert_eq!(since(&refused), Some(at(3)));
+        let rates = json!({ "rates": { "connections_per_s": 1.0, "failures_per_s": 1.0 }, "failures_since": at(7) });
+        assert_eq!(since(&status(vec![upstream(1, rates)])), Some(at(7)));
     }
 
     #[test]

@@ -43,6 +43,9 @@ pub fn names_in(path: &Path, content: &[u8]) -> Option<BTreeSet<Name>> {
     parse(path, content).ok().map(|(parsed, _)| names::names(&parsed.config))
 }
 
+/// Room for fewer connections than this is hardly meant.
+const ROOM_MIN: usize = 64;
+
 /// A reload waits this long at most for sockets of an earlier one to close; they take 0.1 s.
 const CLOSING_MAX: Duration = Duration::from_secs(1);
 
@@ -80,6 +83,7 @@ impl State {
             Ok((parsed, text)) => {
                 report.warnings = parsed.warnings.render(Style::Plain);
                 let mut new = parsed.config;
+                report.warnings.extend(self.limit_warnings(&new));
                 self.resolve(&mut new);
                 let new = diff::reuse(&self.config, new);
                 report.changes = diff::diff(&self.config, &new);
@@ -162,17 +166,39 @@ impl State {
         old
     }
 
-    /// The limit for all listeners together.
+    /// The limit for all listeners together: beyond what the descriptors allow nobody is accepted, and none of our own
+    /// work gets one either.
     fn connections_max(&self) -> usize {
-        match self.config.runtime.max_connections {
-            0 => {
-                let workers = self.workers.len();
-                let for_each_worker = 16 + 2 * limits::pipes_max(self.descriptors, workers);
-                let reserved = 64 + for_each_worker * workers + self.config.listeners.len();
-                (self.descriptors.saturating_sub(reserved) / 2).max(1)
-            }
-            limit => limit,
+        match (self.config.runtime.max_connections, self.room(&self.config)) {
+            (0, room) => room,
+            (limit, room) => limit.min(room),
         }
+    }
+
+    /// As many connections as the descriptors have room for. One takes two, a UDP session one.
+    fn room(&self, config: &Config) -> usize {
+        let workers = self.workers.len();
+        let for_each_worker = 16 + 2 * limits::pipes_max(self.descriptors, workers);
+        let reserved = 64 + for_each_worker * workers + config.listeners.len();
+        let is_udp_alone = config.listeners.values().all(|listener| !listener.serves(Protocol::Tcp));
+        let each = if is_udp_alone && config.runtime.max_connections > 0 { 1 } else { 2 };
+        (self.descriptors.saturating_sub(reserved) / each).max(1)
+    }
+
+    /// What the descriptor limit makes of `runtime.max_connections`, where that is not what anybody wants.
+    pub fn limit_warnings(&self, config: &Config) -> Vec<String> {
+        let (wanted, room, descriptors) = (config.runtime.max_connections, self.room(config), self.descriptors);
+        let what = if wanted > room {
+            format!(
+                "runtime.max_connections = {wanted} is more than {descriptors} descriptors have room for: {room} is in force"
+            )
+        } else if room < ROOM_MIN && wanted == 0 {
+            format!("the descriptor limit of {descriptors} leaves room for {room} connections")
+        } else {
+            return Vec::new();
+        };
+        let next = "raise the descriptor limit (LimitNOFILE= in systemd, ulimit -n in a shell) and start again";
+        vec![format!("warning: {what}\n  = help: {next}")]
     }
 
     fn socket_keys(&self, config: &Config) -> BTreeMap<SocketKey, String> {

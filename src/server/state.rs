@@ -13,10 +13,10 @@ use tokio::task::JoinHandle;
 
 use crate::address::Address;
 use crate::admin::guard::Access;
-use crate::config::{Config, OnUnhealthy};
+use crate::config::{self, Config, OnUnhealthy};
 use crate::connection::measured::Measured;
 use crate::control::probes::Probes;
-use crate::control::{self, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
+use crate::control::{self, ReloadOutcome, ReloadReport, SetAdmin, SetAdminError, SetAdminReply};
 use crate::drain::OpenConnections;
 use crate::health::{Checker, Target};
 use crate::log::Log;
@@ -25,6 +25,7 @@ use crate::pool::balance::SLOW_START_STEPS;
 use crate::pool::{AdminState, Health, Observation, UpstreamKey, UpstreamLife};
 use crate::server::admin_side::AdminSide;
 use crate::server::history::History;
+use crate::server::local_resources::Shortage;
 use crate::server::names::Names;
 use crate::server::notify::Notifier;
 use crate::server::slowness::SlowUpstreams;
@@ -118,6 +119,8 @@ pub struct State {
     pub reports: VecDeque<Arc<ReloadReport>>,
     /// Reloads applied, unchanged, refused.
     pub reloads: [u64; 3],
+    /// When the first of the reloads was refused that all were since.
+    pub refused_since: Option<String>,
     /// Pools to rebuild at the next publication.
     pub touched: HashSet<String>,
     /// Upstreams that joined by a reload and were not healthy yet: their slow start begins when they are.
@@ -132,6 +135,8 @@ pub struct State {
     pub suspicions: BTreeMap<UpstreamKey, Suspicion>,
     /// Upstreams that have slowed.
     pub slow: SlowUpstreams,
+    /// What listeners lack of this machine's.
+    pub shortages: BTreeMap<String, Shortage>,
     /// What is logged.
     pub log_level: LogLevel,
     /// What was measured, by time.
@@ -198,11 +203,14 @@ impl State {
         self.collect().await;
         let (pools, open) = (self.config.pools.keys().cloned(), self.open.count());
         self.history.sample(&self.inputs, pools, open, Instant::now());
+        self.look_at_local_resources();
     }
 
     /// Remembers a report, newest first.
     pub fn remember(&mut self, report: Arc<ReloadReport>) {
         self.reloads[report.outcome as usize] += 1;
+        let is_refused = report.outcome == ReloadOutcome::Refused;
+        self.refused_since = is_refused.then(|| self.refused_since.take().unwrap_or_else(|| report.time.clone()));
         self.history.reloaded(Duration::from_secs_f64(report.duration_ms / 1000.0));
         self.reports.push_front(report);
         self.reports.truncate(REPORTS_MAX);
@@ -230,6 +238,8 @@ impl State {
             self.deadlines.push((now + pool.slow_start / SLOW_START_STEPS, Deadline::SlowStart(key.clone())));
         }
         if known == health && before.is_some() {
+            // It goes on failing, perhaps for another reason: what to do follows the last one, the log told the first.
+            self.inputs.health.entry(key).and_modify(|record| record.reason = reason);
             return;
         }
         match health {
@@ -244,7 +254,11 @@ impl State {
         if health == Health::Healthy
             && let Some(life) = &life
         {
-            life.failed_connects.store(0, Ordering::Relaxed);
+            match self.checkers.contains_key(&key) {
+                true => life.answered(),
+                // Its time is over, no more: it may well go on failing.
+                false => life.failed_connects.store(0, Ordering::Relaxed),
+            }
         }
         self.touched.insert(key.pool.clone());
         let record = HealthRecord { health, reason, since: SystemTime::now(), slow_start };
@@ -412,8 +426,11 @@ impl State {
 
     /// Logs at this level until a reload changes it.
     pub fn set_log_level(&mut self, level: &str, by: &str) -> Result<(), String> {
+        if let Some(error) = config::level::errors(level).first() {
+            return Err(error.to_string());
+        }
         self.log.set_level(level).map_err(|error| error.to_string())?;
-        tracing::info!(event = "log", level, by, "the level stays until a reload changes log.level, or a restart");
+        self.log.level_changed(level, by);
         self.log_level = LogLevel { level: level.to_owned(), by: by.to_owned(), since: SystemTime::now() };
         Ok(())
     }

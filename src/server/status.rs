@@ -7,19 +7,23 @@
 //!   connections: { open, max }, rates: RATES, ends: ENDS,
 //!   process: { memory_bytes, descriptors, descriptors_max, cpu_seconds, workers: [ { cpu_seconds, busy: 0.0..1.0 } ] },
 //!   listeners: { NAME: { bind: [], pool, open, accepted, bytes_in, bytes_out, headers: { v1, v2 }, rates: RATES,
-//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N }, sessions: SESSIONS } },
+//!                        ends: { "who.phase.why": N }, ends_10m: { "who.phase.why": N }, sessions: SESSIONS,
+//!                        local_resources: null | { since, count_10m, reason, change } } },
 //!   pools: { NAME: { balance, usable, open, rates: RATES, latency: LATENCY, upstreams: [
 //!            { address, health, health_reason, health_since, admin, admin_since, admin_by, weight, backup, header,
 //!              open, connections, connect_failures, bytes_in, bytes_out, datagrams_in, datagrams_out,
 //!              rates: RATES, latency: LATENCY,
 //!              now_ms: { connect, first_byte },   medians of the last seconds, or null
 //!              name: null | what the file says, where it says a name,
+//!              failing: null | { in_a_row, since, last },   connects, the last ones of which all failed
+//!              failures_since: null | time,   each interval since has a failed connect
 //!              slow: null | { phase: "connect" | "first_byte", since, now_ms, before_ms, siblings_ms },
 //!              header_rejected: null | { how, since, reason, change, certain: bool },
 //!              rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
 //!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
 //!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
+//!   reloads_refused_since: null | time,   of the first refused one since one was not
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
 //!   log: { level, by, since },
 //!   warnings: [], log_lines_dropped: N, snapshot: N,
@@ -67,6 +71,8 @@ use crate::config::{Bind, HeaderFormat, Protocol};
 use crate::net::limits;
 use crate::pool::rejection::Rejection;
 use crate::pool::{Pool, Upstream, UpstreamKey};
+use crate::server::history;
+use crate::server::local_resources::Shortage;
 use crate::server::problems::problems;
 use crate::server::slowness::Phase;
 use crate::server::state::State;
@@ -102,6 +108,7 @@ impl State {
                     dropped.map(|(reason, count)| (reason.as_str().to_owned(), json!(count))).collect();
                 value["sessions"] = sessions;
             }
+            value["local_resources"] = self.shortages.get(&listener.name).map_or(Value::Null, Shortage::value);
             value["pool"] = json!(listener.pool);
             listeners.insert(listener.name.clone(), value);
         }
@@ -121,6 +128,7 @@ impl State {
             "listeners": listeners,
             "pools": self.pools_value(&snapshot),
             "reloads": self.reports.iter().map(|report| json!(**report)).collect::<Vec<_>>(),
+            "reloads_refused_since": self.refused_since,
             "reload_ms": self.history.reload_latency(),
             "warnings": self.warnings,
             "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
@@ -191,6 +199,8 @@ impl State {
             "now_ms": self.medians_now(&key),
             "slow": self.slow.of(&key).map(|(phase, slowness)| slowness.value(phase)),
             "rejections": rejections(upstream),
+            "failing": failing(upstream),
+            "failures_since": self.history.failures_since(&key).map(time),
             "rates": self.history.upstream_rates(&key),
             "latency": self.history.upstream_latency(&key),
         });
@@ -214,7 +224,7 @@ impl State {
     }
 
     fn process_value(&self) -> Value {
-        let Usage { memory_bytes, descriptors } = Usage::now();
+        let Usage { memory_bytes, descriptors } = Usage::now(self.descriptors);
         let workers = self.history.workers();
         let workers: Vec<Value> = workers
             .map(|(cpu, busy)| json!({ "cpu_seconds": cpu.as_secs_f64(), "busy": (busy * 1000.0).round() / 1000.0 }))
@@ -274,6 +284,13 @@ fn by_word<'a>(counts: impl Iterator<Item = (impl Into<String>, &'a AtomicU64)>)
     counts.map(|(word, count)| (word.into(), json!(count.load(Relaxed)))).collect()
 }
 
+/// Connects that all failed, the last one not long ago: nobody may have come since.
+fn failing(upstream: &Upstream) -> Value {
+    let Some((in_a_row, [first, last])) = upstream.life.failing() else { return Value::Null };
+    let is_recent = last.elapsed().is_ok_and(|elapsed| elapsed < history::INTERVAL * history::POINTS_MAX as u32);
+    if is_recent { json!({ "in_a_row": in_a_row, "since": time(first), "last": time(last) }) } else { Value::Null }
+}
+
 /// Connections that looked as if their header had been rejected, by how; those that there were.
 fn rejections(upstream: &Upstream) -> Value {
     let counts = Rejection::ALL.iter().zip(&upstream.life.counters.rejections);
@@ -290,13 +307,18 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// As the kernel counts it; zero where /proc is hidden.
-    pub fn now() -> Usage {
+    /// As the kernel counts it; zero where /proc is hidden. Of `descriptors_max` all are open where none is left to count
+    /// with.
+    pub fn now(descriptors_max: usize) -> Usage {
         let pages = |text: String| text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
         let memory = std::fs::read_to_string("/proc/self/statm").ok().and_then(pages);
         Usage {
             memory_bytes: memory.unwrap_or_default() * rustix::param::page_size() as u64,
-            descriptors: std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64),
+            descriptors: match std::fs::read_dir("/proc/self/fd") {
+                Ok(entries) => entries.count() as u64,
+                Err(error) if error.raw_os_error() == Some(libc::EMFILE) => descriptors_max as u64,
+                Err(_) => 0,
+            },
         }
     }
 }

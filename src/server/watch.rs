@@ -195,6 +195,9 @@ fn look(mut directories: Directories, path: &Path) -> JoinHandle<(Directories, i
             tracing::debug!(%error, "a directory of the configuration is not watched; the poll still sees changes");
         }
         let content = read(&path);
+        if content.as_ref().is_err_and(is_shortage) {
+            tracing::debug!("no descriptor is left to look at the configuration with; trying again");
+        }
         (directories, content)
     })
 }
@@ -266,6 +269,11 @@ fn is_of_interest(event: &notify::Result<notify::Event>) -> bool {
         EventKind::Access(access) => access == AccessKind::Close(AccessMode::Write) || event.need_rescan(),
         _ => true,
     })
+}
+
+/// Were there no descriptors to look with?
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 /// What a look saw.
@@ -344,8 +352,16 @@ impl State {
         };
         let is_same = seen == self.delivered;
         let is_incomplete = content.as_ref().map_or(true, Vec::is_empty);
+        let is_short = content.as_ref().is_err_and(is_shortage);
         let last_try = match self.looking.take().expect("a look was begun") {
             Reason::Stale => return Verdict::Settle,
+            Reason::Poll if is_short => return Verdict::Nothing,
+            // This machine could not look: that says nothing about the file.
+            reason if is_short => {
+                let forced = reason == Reason::Second { forced: true };
+                self.second = Some(Second { at: now + timing.retry, forced });
+                return Verdict::Nothing;
+            }
             Reason::Second { forced: true } => true,
             _ if is_same => return Verdict::Nothing,
             // Perhaps in the middle of a save whose events do not reach this machine.
@@ -594,6 +610,35 @@ mod tests {
             let directory = directory.path().to_owned();
             assert_one_change(&mut watch, content, move || configmap_swap(&directory, content)).await;
         }
+    }
+
+    #[test]
+    fn a_look_for_which_there_was_no_descriptor_is_made_again() {
+        let now = Instant::now();
+        let burst = Some(Burst { first: now, last: now });
+        let short = || Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let mut state = State::new(ContentHash::of(b"first"), now + EVENTS.poll);
+        for _ in 0..3 {
+            state.begin(burst);
+            assert!(matches!(state.looked(short(), now, &EVENTS), Verdict::Nothing));
+            assert_eq!(state.due(None, &EVENTS), now + EVENTS.retry);
+            state.begin(None);
+            assert!(matches!(state.looked(short(), now, &EVENTS), Verdict::Nothing));
+        }
+        state.begin(None);
+        let Verdict::Deliver(change) = state.looked(Ok(b"second".to_vec()), now, &EVENTS) else { panic!("a change") };
+        assert_eq!(change.content.unwrap(), b"second");
+        // What did not parse is tried once more, whatever comes in between.
+        assert!(state.retry(now, &EVENTS));
+        state.begin(None);
+        assert!(matches!(state.looked(short(), now, &EVENTS), Verdict::Nothing));
+        state.begin(None);
+        let Verdict::Deliver(change) = state.looked(Ok(b"second".to_vec()), now, &EVENTS) else { panic!("a change") };
+        assert!(change.last_try);
+        // A poll that could not look waits for the next one.
+        state.begin(None);
+        assert!(matches!(state.looked(short(), now, &EVENTS), Verdict::Nothing));
+        assert_eq!(state.due(None, &EVENTS), now + EVENTS.poll);
     }
 
     #[tokio::test]

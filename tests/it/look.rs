@@ -326,3 +326,27 @@ fn one_connection_is_followed_by_its_id_once_the_level_is_debug() {
     lb.apply(&format!("{text}\n[log]\nlevel = \"warn\"\n"));
     assert_eq!((&lb.status()["log"]["level"], &lb.status()["log"]["by"]), (&"warn".into(), &"configuration".into()));
 }
+
+#[test]
+fn a_misspelt_level_is_refused_and_each_change_of_the_level_is_logged() {
+    let receiver = Receiver::with_header(say_who);
+    let lb = preface(&config("v2", &receiver.address.to_string(), ""));
+    for (level, advice) in [
+        ("debgu", "did you mean \\\"debug\\\"?"),
+        ("info%0a", "did you mean \\\"info\\\"?"),
+        ("info,preface::heatlh", "levels: "),
+    ] {
+        let response = lb.ask("POST", &format!("/log?level={level}"));
+        assert_eq!(response.status, 400, "{level}: {}", response.text());
+        assert!(response.text().contains(advice), "{level}: {}", response.text());
+    }
+    assert_eq!(lb.status()["log"]["level"], "info");
+
+    for level in ["warn", "error", "off", "info"] {
+        assert_eq!(lb.ask("POST", &format!("/log?level={level}")).status, 200);
+        let line = lb.log().wait_for("the change", |line| line.contains(&format!(" level={level} by=")));
+        assert!(line.contains("by=\"admin api\""), "{line}");
+    }
+    ask(&lb, b"");
+    lb.log().wait_for("it still logs", |line| line.contains("event=connection "));
+}

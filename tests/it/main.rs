@@ -31,6 +31,7 @@ mod names;
 mod netns;
 mod page;
 mod pools;
+mod problems;
 mod readme;
 mod receivers;
 mod reload;

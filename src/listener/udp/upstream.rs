@@ -74,6 +74,7 @@ impl Udp {
                     return Ok((link, attempts));
                 }
                 Err(error) if is_local(&error) => {
+                    listener.life.lacked(&error);
                     let forbidden = reason_of(&error) == DropReason::Forbidden;
                     return Err(if forbidden { DropReason::Forbidden } else { DropReason::LocalResources });
                 }
