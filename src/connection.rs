@@ -259,6 +259,7 @@ async fn reach(
                 break;
             }
             sleep(RETRY_SAME_DELAY).await;
+            attempts.obey(record.entry.ordered.take())?;
             record.shared.refresh(slot, &mut listener);
             attempts.tried.clear();
             picked = attempts.pick(client_ip, &listener.pool);
@@ -285,13 +286,9 @@ async fn reach(
             Err(Failure { termination, may_retry: false }) => return Err(termination),
             Err(Failure { termination, .. }) => {
                 record.attempt_failed(termination);
-                let life = Arc::clone(picked.lease.life());
-                // An order is about this upstream: it is not tried again, but another one may have the connection.
-                if record.entry.ordered.take().is_some() {
-                    attempts.barred.push(Arc::clone(&life));
-                }
-                attempts.tried.push(life);
+                attempts.tried.push(Arc::clone(picked.lease.life()));
                 attempts.failure = Some(termination);
+                attempts.obey(record.entry.ordered.take())?;
             }
         }
         if Instant::now() >= deadline {
@@ -313,6 +310,19 @@ struct Attempts {
 }
 
 impl Attempts {
+    /// An order ends the connection; or it is about the upstream that was tried last: that one is not tried again, but
+    /// another one may have the connection.
+    fn obey(&mut self, ordered: Option<Termination>) -> Result<(), Termination> {
+        match ordered {
+            Some(termination) if !Failure::from(termination).may_retry => Err(termination),
+            Some(_) => {
+                self.barred.extend(self.tried.last().cloned());
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
     fn pick(&self, client: Option<IpAddr>, pool: &Pool) -> Result<Picked, PickError> {
         if self.tried.is_empty() && self.barred.is_empty() {
             return pool.pick(client, &[]);

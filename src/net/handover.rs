@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -79,7 +80,8 @@ impl Channel {
             let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             assert!(control.push(SendAncillaryMessage::ScmRights(some)), "the space is for as many");
-            sendmsg(&self.stream, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL)?;
+            // With a timeout set, a signal ends the wait though its handler says SA_RESTART: signal(7).
+            retry_on_intr(|| sendmsg(&self.stream, &[IoSlice::new(&[0])], &mut control, SendFlags::NOSIGNAL))?;
         }
         Ok(())
     }
@@ -92,8 +94,9 @@ impl Channel {
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let mut byte = [0];
             // Each byte comes with the descriptors that it was sent with, and never with those of the next.
-            let message =
-                recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            let message = retry_on_intr(|| {
+                recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)
+            })?;
             if message.bytes == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -165,6 +168,68 @@ mod tests {
         assert_eq!(ours.receive().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(ours.receive_descriptors(1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         ours.wait_for_close().unwrap();
+    }
+
+    extern "C" fn on_signal(_: libc::c_int) {}
+
+    /// Runs `step`, which blocks in this system call; sends its thread a signal there, and then runs `release`.
+    fn interrupted<T: Send>(syscall: libc::c_long, step: impl FnOnce() -> T + Send, release: impl FnOnce()) -> T {
+        let (sender, thread) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let blocked = scope.spawn(move || {
+                sender.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+                step()
+            });
+            let thread = thread.recv().unwrap();
+            let waits = || {
+                let at = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).unwrap_or_default();
+                at.starts_with(&format!("{syscall} "))
+            };
+            while !waits() {
+                std::thread::yield_now();
+            }
+            // SAFETY: the handler does nothing, and the thread is there: it is joined below.
+            unsafe {
+                libc::signal(libc::SIGUSR1, on_signal as *const () as libc::sighandler_t);
+                assert_eq!(libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, libc::SIGUSR1), 0);
+            }
+            let pending = || {
+                let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap_or_default();
+                status.lines().any(|line| line.starts_with("SigPnd:") && !line.ends_with(&"0".repeat(16)))
+            };
+            // Handled, and then waiting again, or through with an error.
+            while pending() || !(waits() || blocked.is_finished()) {
+                std::thread::yield_now();
+            }
+            release();
+            blocked.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_signal_does_not_end_the_wait_for_descriptors() {
+        let (ours, theirs) = pair();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let received = interrupted(
+            libc::SYS_recvmsg,
+            || theirs.receive_descriptors(1),
+            || ours.send_descriptors(&[listener.as_fd()]).unwrap(),
+        );
+        assert_eq!(socket_number(&received.unwrap()[0]).unwrap(), socket_number(&listener).unwrap());
+        // Nobody reads: there is no room.
+        ours.stream.set_nonblocking(true).unwrap();
+        let mut filled = 0;
+        while let Ok(count) = (&ours.stream).write(&[0; 1024]) {
+            filled += count;
+        }
+        ours.stream.set_nonblocking(false).unwrap();
+        let sent = interrupted(
+            libc::SYS_sendmsg,
+            || ours.send_descriptors(&[listener.as_fd()]),
+            || (&theirs.stream).read_exact(&mut vec![0; filled]).unwrap(),
+        );
+        sent.unwrap();
+        assert_eq!(theirs.receive_descriptors(1).unwrap().len(), 1);
     }
 
     #[test]

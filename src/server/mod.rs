@@ -51,7 +51,7 @@ use notify::Notifier;
 use slowness::SlowUpstreams;
 use state::{LogLevel, State};
 use upgrade::{Predecessor, Program, Taken};
-use watch::{ContentHash, Watch};
+use watch::{Asked, Change, ContentHash, Reply, Watch};
 
 /// Connections that are reset at the end have this long to be counted and logged.
 const LAST_RESETS: Duration = Duration::from_secs(1);
@@ -306,6 +306,9 @@ async fn run_until_stopped(
     let open = Arc::clone(&state.open);
     loop {
         state.probes.control_turned(Instant::now());
+        if state.stopping {
+            refuse_asked(state, &mut watch).await;
+        }
         let (stop_at, deadline) = (stopping.at(), state.next_deadline());
         tokio::select! {
             command = commands.recv() => {
@@ -452,28 +455,36 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
     }
 }
 
+/// Has the file read, on a thread of its own: a network file system may hang, and everything else goes on.
 async fn reload_from_file(state: &mut State, trigger: ReloadTrigger, watch: &mut Watch, reply: Option<Reply>) {
-    if let Some(refused) = state.refuses_reloads() {
-        return state.reload_when_resolved(trigger, Err(refused.to_owned()), reply).await;
+    match state.refuses_reloads() {
+        Some(refused) => state.reload_when_resolved(trigger, Err(refused.to_owned()), reply).await,
+        None => watch.ask(Asked { trigger, reply }),
     }
-    let content = watch::read(&state.path);
-    if let Ok(content) = &content {
-        watch.delivered(ContentHash::of(content));
-    }
-    let content = content.map_err(|error| format!("error: {}: {error}", state.path.display()));
-    state.reload_when_resolved(trigger, content, reply).await;
 }
 
-/// Whoever waits for the report of a reload.
-type Reply = oneshot::Sender<Arc<control::ReloadReport>>;
+/// Answers those whose file is still being read when nothing is reloaded any more.
+async fn refuse_asked(state: &mut State, watch: &mut Watch) {
+    let Some(refused) = state.refuses_reloads() else { return };
+    for Asked { trigger, reply } in watch.take_asked() {
+        state.reload_when_resolved(trigger, Err(refused.to_owned()), reply).await;
+    }
+}
 
-async fn file_changed(state: &mut State, change: watch::Change, watch: &mut Watch) {
-    let content = match change.content {
+async fn file_changed(state: &mut State, change: Change, watch: &mut Watch) {
+    let Change { content, last_try, asked } = change;
+    let is_asked = !asked.is_empty();
+    let content = match content {
         // Half a save, perhaps: it comes once more.
-        Ok(content) if reload::parse(&state.path, &content).is_err() && watch.retry() => return,
+        Ok(content) if !is_asked && reload::parse(&state.path, &content).is_err() && watch.retry() => return,
         Ok(content) => Ok(content),
-        Err(_) if !change.last_try && watch.retry() => return,
+        Err(_) if !last_try && watch.retry() => return,
         Err(error) => Err(format!("error: {}: {error}", state.path.display())),
     };
-    state.reload_when_resolved(ReloadTrigger::File, content, None).await;
+    for Asked { trigger, reply } in asked {
+        state.reload_when_resolved(trigger, content.clone(), reply).await;
+    }
+    if !is_asked {
+        state.reload_when_resolved(ReloadTrigger::File, content, None).await;
+    }
 }

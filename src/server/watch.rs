@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, Read};
+use std::mem::take;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -17,8 +18,10 @@ use std::time::{Duration, Instant};
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
+
+use crate::control::{ReloadReport, ReloadTrigger};
 
 /// The largest configuration file that is read.
 pub const FILE_BYTES_MAX: u64 = 16 << 20;
@@ -39,7 +42,7 @@ impl ContentHash {
     }
 }
 
-/// Reads the file as the watch does, for reloads that begin elsewhere.
+/// Reads the file as the watch does, before there is one.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     // Asked before opening: to open a pipe would wait for its writer.
     if !fs::metadata(path)?.is_file() {
@@ -60,7 +63,27 @@ pub struct Change {
     pub content: io::Result<Vec<u8>>,
     /// There is no second try after this one: report what is wrong with it.
     pub last_try: bool,
+    /// Who asked for it: then it may be what was delivered last. Empty: the watch found it.
+    pub asked: Vec<Asked>,
 }
+
+/// A reload that begins elsewhere: SIGHUP, `POST /reload`.
+#[derive(Debug)]
+pub struct Asked {
+    /// Where.
+    pub trigger: ReloadTrigger,
+    /// Whoever waits for the report.
+    pub reply: Option<Reply>,
+}
+
+impl Asked {
+    fn waits(&self) -> bool {
+        self.reply.as_ref().is_some_and(|reply| !reply.is_closed())
+    }
+}
+
+/// Gets the report of a reload.
+pub type Reply = oneshot::Sender<Arc<ReloadReport>>;
 
 /// The watch of one file. The control loop's side of it:
 ///
@@ -70,10 +93,7 @@ pub struct Change {
 ///     Err(_) if watch.retry() => {}         // half a save, perhaps: it comes once more
 ///     Err(errors) => report(errors),
 /// }
-/// command = commands.recv() => {            // SIGHUP, `POST /reload`
-///     let content = watch::read(path)?;
-///     watch.delivered(ContentHash::of(&content));
-/// }
+/// command = commands.recv() => watch.ask(command),    // SIGHUP, `POST /reload`
 /// ```
 #[derive(Debug)]
 pub struct Watch {
@@ -84,6 +104,10 @@ pub struct Watch {
     /// `None` while a look has it.
     directories: Option<Directories>,
     look: Option<JoinHandle<(Directories, io::Result<Vec<u8>>)>>,
+    /// Who waits for the next look.
+    asked: Vec<Asked>,
+    /// Who waits for the one under way.
+    looking_for: Vec<Asked>,
     /// A pipe is read once; it has no later version.
     is_pipe: bool,
 }
@@ -135,15 +159,13 @@ impl Watch {
             shared.event(now);
         }
         let state = State::new(loaded, now + timing.poll);
-        let watch = Watch { path, timing, shared, state, directories: Some(directories), look: None, is_pipe };
+        let (directories, asked, looking_for) = (Some(directories), Vec::new(), Vec::new());
+        let watch = Watch { path, timing, shared, state, directories, look: None, asked, looking_for, is_pipe };
         (watch, warnings)
     }
 
     /// Waits for the next change. Nothing is lost when the future is dropped before it is ready.
     pub async fn changed(&mut self) -> Change {
-        if self.is_pipe {
-            return std::future::pending().await;
-        }
         loop {
             if let Some(look) = &mut self.look {
                 let looked = look.await;
@@ -157,8 +179,17 @@ impl Watch {
                 match self.state.looked(content, now, &self.timing) {
                     Verdict::Nothing => {}
                     Verdict::Settle => self.shared.event(now),
-                    Verdict::Deliver(change) => return change,
+                    Verdict::Deliver(change) => return Change { asked: take(&mut self.looking_for), ..change },
                 }
+            }
+            if !self.asked.is_empty() {
+                self.state.begin_asked();
+                self.looking_for = take(&mut self.asked);
+                self.look = self.directories.take().map(|directories| look(directories, &self.path));
+                continue;
+            }
+            if self.is_pipe {
+                return std::future::pending().await;
             }
             let due = self.state.due(self.shared.burst(), &self.timing);
             if due <= Instant::now() {
@@ -180,9 +211,18 @@ impl Watch {
         self.state.retry(Instant::now(), &self.timing)
     }
 
-    /// A reload that began elsewhere has read this content: the watch need not deliver it.
-    pub fn delivered(&mut self, hash: ContentHash) {
-        self.state.delivered(hash);
+    /// Looks as soon as `changed` is called again, and delivers what is there by then. Of those that nobody waits for
+    /// one is enough: a look may take hours, and signals go on.
+    pub fn ask(&mut self, asked: Asked) {
+        self.state.asked(Instant::now());
+        self.asked.push(asked);
+        let mut has_one = false;
+        self.asked.retain(|asked| asked.waits() || !std::mem::replace(&mut has_one, true));
+    }
+
+    /// Those that asked and have nothing yet, where `changed` is called no more.
+    pub fn take_asked(&mut self) -> Vec<Asked> {
+        take(&mut self.looking_for).into_iter().chain(take(&mut self.asked)).collect()
     }
 }
 
@@ -292,7 +332,9 @@ enum Reason {
     Settled,
     /// The second try; `forced`: what the first one saw was delivered, and did not parse.
     Second { forced: bool },
-    /// Another reload has read the file meanwhile: this look may have seen an older content.
+    /// Somebody asked.
+    Asked,
+    /// Somebody asked meanwhile: this look may have seen an older content.
     Stale,
 }
 
@@ -344,6 +386,11 @@ impl State {
         });
     }
 
+    /// As somebody asked; what else is due stays so.
+    fn begin_asked(&mut self) {
+        self.looking = Some(Reason::Asked);
+    }
+
     fn looked(&mut self, content: io::Result<Vec<u8>>, now: Instant, timing: &Timing) -> Verdict {
         self.poll_at = now + timing.poll;
         let seen = match &content {
@@ -355,6 +402,14 @@ impl State {
         let is_short = content.as_ref().is_err_and(is_shortage);
         let last_try = match self.looking.take().expect("a look was begun") {
             Reason::Stale => return Verdict::Settle,
+            // What cannot be read is told to who asked; the watch still tells of it in its own time.
+            Reason::Asked if content.is_err() => {
+                return Verdict::Deliver(Change { content, last_try: true, asked: Vec::new() });
+            }
+            Reason::Asked => {
+                self.second = None;
+                true
+            }
             Reason::Poll if is_short => return Verdict::Nothing,
             // This machine could not look: that says nothing about the file.
             reason if is_short => {
@@ -376,22 +431,23 @@ impl State {
         };
         self.delivered = seen;
         self.may_retry = !last_try;
-        Verdict::Deliver(Change { content, last_try })
+        Verdict::Deliver(Change { content, last_try, asked: Vec::new() })
     }
 
     fn retry(&mut self, now: Instant, timing: &Timing) -> bool {
-        let may_retry = std::mem::take(&mut self.may_retry);
+        let may_retry = take(&mut self.may_retry);
         if may_retry {
             self.second = Some(Second { at: now + timing.retry, forced: true });
         }
         may_retry
     }
 
-    fn delivered(&mut self, hash: ContentHash) {
-        self.delivered = Seen::Content(hash);
-        self.may_retry = false;
-        self.second = None;
-        self.looking = self.looking.map(|_| Reason::Stale);
+    /// A look under way may have seen what was there before; what it is for is due all the same.
+    fn asked(&mut self, now: Instant) {
+        if let Some(Reason::Second { forced }) = self.looking {
+            self.second = Some(Second { at: now, forced });
+        }
+        self.looking = self.looking.map(|reason| if reason == Reason::Asked { reason } else { Reason::Stale });
     }
 }
 
@@ -870,15 +926,59 @@ mod tests {
         let (directory, path) = plain();
         let mut watch = start(&path, EVENTS);
         shell(directory.path(), "echo second > preface.toml");
-        watch.delivered(ContentHash::of(&read(&path).unwrap()));
+        assert_eq!(asked_content(&mut watch).await, "second\n");
         assert_sentinel_is_next(&mut watch).await;
 
         // Neither is the second try of what the other has reported.
         shell(directory.path(), "echo invalid > preface.toml");
         assert_eq!(next_content(&mut watch).await, "invalid\n");
         assert!(watch.retry());
-        watch.delivered(ContentHash::of(b"invalid\n"));
+        assert_eq!(asked_content(&mut watch).await, "invalid\n");
         assert_sentinel_is_next(&mut watch).await;
+    }
+
+    /// Asks by a signal; what comes of it.
+    async fn asked_content(watch: &mut Watch) -> String {
+        watch.ask(Asked { trigger: ReloadTrigger::Signal, reply: None });
+        let change = next(watch).await;
+        assert_eq!(change.asked.len(), 1);
+        String::from_utf8(change.content.expect("readable")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn who_asks_gets_what_is_there_then_and_nobody_is_forgotten() {
+        let (directory, path) = plain();
+        let mut watch = start(&path, EVENTS);
+        assert_eq!(asked_content(&mut watch).await, "first\n", "though it has not changed");
+        let admin = || {
+            let (reply, report) = oneshot::channel();
+            (Asked { trigger: ReloadTrigger::Admin, reply: Some(reply) }, report)
+        };
+        let ((one, _one), (two, _two), (gone, report)) = (admin(), admin(), admin());
+        drop(report);
+        // A look has begun, and comes to its end; but for the first only.
+        watch.state.begin_asked();
+        watch.looking_for.push(one);
+        watch.look = watch.directories.take().map(|directories| look(directories, &path));
+        watch.ask(two);
+        for _ in 0..100 {
+            watch.ask(Asked { trigger: ReloadTrigger::Signal, reply: None });
+        }
+        watch.ask(gone);
+        shell(directory.path(), "echo second > preface.toml");
+        assert_eq!(next(&mut watch).await.asked.len(), 1);
+        let change = next(&mut watch).await;
+        assert_eq!(change.asked.iter().map(|asked| asked.reply.is_some()).collect::<Vec<_>>(), [true, false]);
+        assert_eq!(change.content.unwrap(), b"second\n");
+        // What cannot be read is told to who asks, and then by the watch.
+        fs::remove_file(&path).unwrap();
+        watch.ask(admin().0);
+        for asked in [1, 0] {
+            let change = next(&mut watch).await;
+            assert_eq!((change.asked.len(), change.content.unwrap_err().kind()), (asked, io::ErrorKind::NotFound));
+        }
+        watch.ask(Asked { trigger: ReloadTrigger::Signal, reply: None });
+        assert_eq!((watch.take_asked().len(), watch.take_asked().len()), (1, 0));
     }
 
     #[tokio::test]
@@ -937,7 +1037,9 @@ mod tests {
         let change = next(&mut watch).await;
         assert_eq!(change.content.unwrap_err().to_string(), "not a regular file");
 
-        let (watch, warnings) = Watch::start(&path, ContentHash::of(b"from the pipe"));
+        let (mut watch, warnings) = Watch::start(&path, ContentHash::of(b"from the pipe"));
+        watch.ask(Asked { trigger: ReloadTrigger::Signal, reply: None });
+        assert_eq!(next(&mut watch).await.content.unwrap_err().to_string(), "not a regular file");
         assert!(watch.is_pipe);
         assert_eq!(warnings, [format!("{}: not a regular file: changes of it are not seen", path.display())]);
     }
@@ -947,8 +1049,13 @@ mod tests {
         let now = Instant::now();
         let mut state = State::new(ContentHash::of(b"a"), now);
         state.begin(Some(Burst { first: now, last: now }));
-        state.delivered(ContentHash::of(b"c"));
+        state.asked(now);
         assert!(matches!(state.looked(Ok(b"b".to_vec()), now, &EVENTS), Verdict::Settle));
+        // Nor does it lose the second try that it was.
+        state.looking = Some(Reason::Second { forced: true });
+        state.asked(now);
+        assert!(matches!(state.looked(Ok(b"a".to_vec()), now, &EVENTS), Verdict::Settle));
+        assert!(state.second.is_some_and(|second| second.forced));
     }
 
     #[test]
@@ -972,6 +1079,7 @@ mod tests {
             (Reason::Settled, "nothing", "first", "nothing", "nothing"),
             (second, "nothing", "first", "last", "last"),
             (forced, "last", "last", "last", "last"),
+            (Reason::Asked, "last", "last", "last", "last"),
             (Reason::Stale, "settle", "settle", "settle", "settle"),
         ] {
             let again = reason == Reason::Settled;

@@ -8,12 +8,13 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 
+use rustix::process::Signal;
 use socket2::{Domain, Socket, Type};
 
 use crate::load::{Budget, Clients, Echo, Refused, Transfer, connect_and_exchange, exchange};
 use crate::support::ports::free_port;
 use crate::support::receiver::echo;
-use crate::support::{Balancer, Receiver, client, configmap::configmap_swap, eventually, preface, program};
+use crate::support::{Balancer, Process, Receiver, client, configmap::configmap_swap, eventually, preface, program};
 
 /// One line of /proc/PID/net/tcp or tcp6.
 struct SocketLine {
@@ -582,4 +583,67 @@ fn a_thousand_reloads_with_an_open_connection_leave_memory_where_it_was() {
     assert!(after.0 < before.0 + 1_024, "memory grew from {} to {} KiB", before.0, after.0);
     eventually("descriptors are where they were", || (descriptors(&balancer) <= before.1 + 2).then_some(()));
     exchange(&mut open, 2, 1_000).unwrap();
+}
+
+/// Holds a lease on a file until it is ended: whoever opens the file waits for that.
+const LEASE: &str = r#"
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, lambda *_: print("wanted", flush=True))
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+while True:
+    signal.pause()
+"#;
+
+/// A file that cannot be read for now, as on a network file system whose server is away.
+fn hold(file: &Path) -> Process {
+    let holder = Process::start(Command::new("/usr/bin/python3").arg("-c").arg(LEASE).arg(file));
+    holder.stdout.wait_for("nobody else has it open (leases need a file system that has them)", |line| line == "held");
+    holder
+}
+
+#[test]
+fn while_the_file_cannot_be_read_everything_else_goes_on() {
+    let receiver = Receiver::with_header(echo);
+    let mut balancer = preface(&format!(
+        "[listeners.web]\nbind = \"127.0.0.1:0\"\npool = \"web\"\n\
+         [pools.web]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+        receiver.address
+    ));
+    let mut open = balancer.connect("web");
+    exchange(&mut open, 1, 1_000).unwrap();
+    let goes_on = |balancer: &Balancer| {
+        assert_eq!(balancer.ask("GET", "/livez").status, 200);
+        assert_eq!(balancer.status()["state"], "running");
+        let path = format!("/pools/web/upstreams/{}/enable", receiver.address);
+        assert_eq!(balancer.ask("POST", &path).status, 200);
+    };
+    let holder = hold(&balancer.config_file());
+    balancer.signal(Signal::HUP);
+    holder.stdout.wait_for("it is being read", |line| line == "wanted");
+    goes_on(&balancer);
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| balancer.reload());
+        goes_on(&balancer);
+        assert!(!asks.is_finished() && reloads(&balancer) == 0.0, "nothing was reloaded");
+        drop(holder);
+        let response = asks.join().unwrap();
+        assert_eq!((response.status, response.json()["trigger"].as_str()), (200, Some("admin")));
+    });
+    let by_signal = |line: &str| line.contains("event=reload trigger=signal outcome=unchanged");
+    balancer.log().wait_for("the reload by the signal", by_signal);
+    assert_eq!(reloads(&balancer), 2.0);
+    // A stop waits for no file, and whoever waits for a reload is told.
+    let holder = hold(&balancer.config_file());
+    std::thread::scope(|scope| {
+        let asks = scope.spawn(|| balancer.reload());
+        holder.stdout.wait_for("it is being read", |line| line == "wanted");
+        goes_on(&balancer);
+        balancer.signal(Signal::TERM);
+        let response = asks.join().unwrap();
+        assert_eq!(response.status, 422);
+        assert!(response.text().contains("the process is stopping"), "{}", response.text());
+    });
+    drop(open);
+    assert_eq!(balancer.wait_exit().code(), Some(0));
 }

@@ -11,7 +11,7 @@ use crate::load::{Budget, Echo, Transfer, connect_and_exchange, exchange};
 use crate::reload::list;
 use crate::support::ports::free_port;
 use crate::support::receiver::echo;
-use crate::support::{Balancer, Receiver, client, eventually, preface};
+use crate::support::{Balancer, DEADLINE, Receiver, client, eventually, preface};
 
 fn config(port: u16, runtime: &str, pool: &str, upstreams: &[SocketAddr]) -> String {
     let upstreams = list(upstreams.iter().copied());
@@ -232,4 +232,32 @@ fn who_is_connecting_to_the_only_upstream_ends_when_it_is_disabled() {
     assert_eq!(balancer.ask("POST", &format!("/pools/web/upstreams/{}/disable", nowhere.address)).status, 200);
     assert_eq!(stream.read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     balancer.log().wait_for("its end", |line| line.ends_with("end=preface.relay.disabled"));
+}
+
+/// The order comes while nothing is tried: 100 ms lie between the second attempt and the third.
+#[test]
+fn an_order_about_one_upstream_does_not_end_the_attempt_at_another() {
+    // Nobody is served before they listen.
+    let sockets = [(); 2].map(|()| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&loopback(0).into()).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket
+    });
+    let addresses = sockets.each_ref().map(|socket| socket.local_addr().unwrap().as_socket().unwrap());
+    let port = free_port();
+    let balancer = preface(&config(port, "", "retries = 3\n[log]\nlevel = \"debug\"", &addresses));
+    let mut stream = client::connect(loopback(port)).unwrap();
+    let line = balancer
+        .log()
+        .wait_for("the second attempt", |line| line.contains("event=attempt ") && line.ends_with(" attempt=2"));
+    let second = addresses.iter().position(|address| line.contains(&format!("upstream={address} "))).unwrap();
+    sockets[1 - second].listen(1).unwrap();
+    let order = format!("/pools/web/upstreams/{}/disable", addresses[second]);
+    assert_eq!(balancer.ask("POST", &order).status, 200);
+    let (upstream, _) = sockets[1 - second].accept().expect("the other one has the connection");
+    upstream.send(b"served").unwrap();
+    let mut answer = [0; 6];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"served");
 }

@@ -684,11 +684,7 @@ fn unix_sockets_and_those_of_systemd_go_over() {
             let mut served = 0;
             while !stop.load(Relaxed) {
                 let mut stream = UnixStream::connect(&path).expect("the socket has its file");
-                stream.write_all(b"question").unwrap();
-                stream.shutdown(Shutdown::Write).unwrap();
-                let mut answer = Vec::new();
-                stream.read_to_end(&mut answer).expect("an answer");
-                assert_eq!(answer, b"question");
+                exchange_at(&mut stream);
                 served += 1;
             }
             served
@@ -792,4 +788,86 @@ fn a_new_process_that_answers_nonsense_is_ended() {
     let error = lb.fail();
     assert!(error.starts_with("the new process does not take over: "), "{error}");
     connect_and_exchange(lb.balancer.ipv4("web"), 1).expect("it goes on");
+}
+
+/// A new process that takes everything, and ends instead of serving.
+const ENDS_LATE: &str = r#"#!/usr/bin/python3
+import json, os, socket, struct, sys
+old = socket.socket(fileno=os.dup(0))
+def receive():
+    length, = struct.unpack(">I", old.recv(4, socket.MSG_WAITALL))
+    return json.loads(old.recv(length, socket.MSG_WAITALL))
+adopted = []
+for key, count in receive()["descriptors"]:
+    received = []
+    while len(received) < count:
+        received += socket.recv_fds(old, 1, 128)[1]
+    adopted += [] if key in ("stderr", "inherited") else [key]
+ready = json.dumps({"version": "next", "adopted": adopted}).encode()
+old.sendall(struct.pack(">I", len(ready)) + ready)
+receive()
+sys.exit("no memory left")
+"#;
+
+/// How often the workers of a process wait for this socket, by the descriptors of their epolls; one has several.
+fn acceptors(process: u32, inode: u64) -> usize {
+    let entries = fs::read_dir(format!("/proc/{process}/fdinfo")).expect("it runs");
+    let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+    let wanted = format!("ino:{inode:x}");
+    texts.map(|text| text.split_whitespace().filter(|word| *word == wanted).count()).sum()
+}
+
+/// The kernel's number of the UNIX socket that listens at this path.
+fn unix_listener(path: &Path) -> u64 {
+    let table = fs::read_to_string("/proc/net/unix").expect("there is /proc");
+    let line = table.lines().find(|line| line.ends_with(path.to_str().expect("text"))).expect("it listens");
+    line.split_whitespace().nth(6).and_then(|inode| inode.parse().ok()).expect("an inode")
+}
+
+/// Where workers share a socket, one of them alone would accept from then on.
+#[test]
+fn after_a_new_process_that_ends_late_every_worker_accepts_again() {
+    let (echo, place) = (Echo::start(), tempfile::tempdir().unwrap());
+    let path = place.path().join("web.sock");
+    let config = |workers: usize| {
+        format!(
+            "[runtime]\nworkers = {workers}\n\
+             [listeners.web]\nbind = [\"127.0.0.1:0\", \"unix:{}\"]\npool = \"web\"\n\
+             [pools.web]\nproxy_protocol = \"v2\"\nupstreams = [\"{}\"]\n",
+            path.display(),
+            echo.address
+        )
+    };
+    let mut lb = Upgraded::start(&config(1));
+    let (web, port) = (lb.balancer.ipv4("web"), lb.balancer.port("web"));
+    let one_worker = acceptors(lb.serving(), unix_listener(&path));
+    // From a process with one worker: the two of the next share its TCP socket, too.
+    lb.balancer.rewrite_config(&config(2));
+    lb.upgrade();
+    let tcp = listening_beside("self", [port])[0].iter().copied().collect::<Vec<_>>();
+    assert_eq!(tcp.len(), 1);
+    let sockets = [tcp[0], unix_listener(&path)];
+    let serving = lb.serving();
+    assert_eq!(sockets.map(|inode| acceptors(serving, inode)), [2 * one_worker; 2]);
+    put_script(lb.balancer.directory(), 0o755, ENDS_LATE);
+    for _ in 0..3 {
+        assert_eq!(lb.fail(), "the new process ended before it took over: exit status: 1\nno memory left");
+        eventually("both workers accept", || {
+            (sockets.map(|inode| acceptors(serving, inode)) == [2 * one_worker; 2]).then_some(())
+        });
+    }
+    for seed in 0..20 {
+        connect_and_exchange(web, seed).expect("it is served");
+        let mut stream = UnixStream::connect(&path).expect("somebody accepts");
+        exchange_at(&mut stream);
+    }
+}
+
+#[track_caller]
+fn exchange_at(stream: &mut UnixStream) {
+    stream.write_all(b"question").expect("it takes it");
+    stream.shutdown(Shutdown::Write).expect("it is open");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("an answer");
+    assert_eq!(answer, b"question");
 }

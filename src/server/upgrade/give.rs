@@ -17,6 +17,7 @@ use super::{
     Takeover, VARIABLE, released,
 };
 use crate::address::Address;
+use crate::config::Protocol;
 use crate::control::{UpgradeOutcome, UpgradeReport};
 use crate::listener::Lent;
 use crate::net::handover::{Channel, socket_number};
@@ -232,6 +233,7 @@ impl State {
         let Some(upgrade) = self.upgrade.take() else { return false };
         let Upgrade { mut child, errors, offered, begun, reply, .. } = upgrade;
         let pid = child.id();
+        let stage = if ready.is_ok() { "it took over" } else { "it was ready" };
         let taken = match ready {
             Ok((channel, ready)) => self.let_go(channel, &ready, &offered).await.map(|channel| (channel, ready)),
             Err(error) => Err(error),
@@ -268,7 +270,7 @@ impl State {
                 });
                 let (ended, text) = told.await.unwrap_or_default();
                 let error = match ended {
-                    Some(status) => format!("the new process ended before it was ready: {status}"),
+                    Some(status) => format!("the new process ended before {stage}: {status}"),
                     None => error,
                 };
                 let errors = [error, text].into_iter().filter(|text| !text.is_empty()).collect();
@@ -334,10 +336,16 @@ impl State {
         Takeover { orders: orders.collect(), health: health.collect() }
     }
 
+    /// Serves the sockets of an address again. Of those that workers share one descriptor each was offered, and every
+    /// worker gets its own of it; a UDP socket has one reader, as ever.
     async fn listen_again(&self, offered: &Offered) {
         let Some(Place { key, slot, bound }) = &offered.place else { return };
         let Some(listener) = self.snapshot.load().slots.get(slot).cloned() else { return };
-        for (index, socket) in offered.sockets.iter().enumerate() {
+        let count = match key.protocol {
+            Protocol::Tcp => offered.sockets.len().max(self.workers.len()),
+            Protocol::Udp => offered.sockets.len(),
+        };
+        for (index, socket) in offered.sockets.iter().cycle().take(count).enumerate() {
             let Ok(socket) = socket.try_clone() else { continue };
             let worker = &self.workers[index % self.workers.len()];
             let (key, bound, listener) = (key.clone(), bound.clone(), Arc::clone(&listener));
