@@ -282,8 +282,8 @@ fn ancillary(header: &libc::msghdr) -> (Option<Destination>, Option<usize>) {
     let mut current = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !current.is_null() {
         // SAFETY: as above: `current` is a whole message's header in the buffer.
-        let (level, kind, length) =
-            unsafe { ((*current).cmsg_level, (*current).cmsg_type, (*current).cmsg_len as usize) };
+        let this = unsafe { *current };
+        let (level, kind, length) = (this.cmsg_level, this.cmsg_type, this.cmsg_len as usize);
         // SAFETY: as above.
         let data = unsafe { libc::CMSG_DATA(current) };
         // What found no room is cut short, and says so by its length.
