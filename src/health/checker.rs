@@ -253,11 +253,11 @@ impl Shared {
     ) -> (Option<Change>, Instant) {
         self.stats.record(&outcome, ended - started);
         tracing::debug!(
+            event = "health_check",
             pool = target.key.pool,
             upstream = %target.key.address,
-            outcome = ?outcome.verdict,
-            reason = outcome.reason,
-            "health check"
+            outcome = outcome.verdict.as_str(),
+            reason = outcome.reason
         );
         let mut state = self.state.lock().expect(NO_PANIC);
         let change = state.record(outcome.verdict, &target.check);
