@@ -8,8 +8,8 @@ use axum::response::{IntoResponse, Response};
 /// What a browser may do with the page: run the one script and the one style whose SHA-256 stand here, and call the admin
 /// API that it came from. Nothing may frame it: its buttons drain production. A test says what the hashes must be.
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-CE+OodPzrjawEvqzyEU4wFbWJIZr4ZUm6S9e+yTs2oc='; \
-    style-src 'sha256-tm0FRad5BUS32nqs0S1G8KFNJnaI/rBTz9NqasfHBNM='; \
+    script-src 'sha256-gzA/L8kDecqZJ0zlXzn4Tt2JV7eaC7YZsEJNXKi8zSU='; \
+    style-src 'sha256-V5RQWgRETXNwlqECe0gp00JbYAdjgv4s7iFUUmT7PYU='; \
     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("page/style.css");

@@ -229,23 +229,13 @@ pub async fn serve(
     listener: TcpListener,
     on_header: impl Fn(Seen) + Send + Sync + 'static,
 ) -> std::convert::Infallible {
-    let (on_header, limit) = (Arc::new(on_header), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
-    loop {
-        let permit = limit.clone().acquire_owned().await.expect("the semaphore is never closed");
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let on_header = on_header.clone();
-                tokio::spawn(async move {
-                    // Whatever ends one connection, most often its other end, is no concern of the others.
-                    if let Ok(local) = stream.local_addr() {
-                        let _ = answer(stream, (peer.into(), local.into()), &*on_header).await;
-                    }
-                    drop(permit);
-                });
-            }
-            Err(_) => sleep(ACCEPT_PAUSE).await,
-        }
-    }
+    let listener = &listener;
+    let accept = || async move {
+        let (stream, peer) = listener.accept().await?;
+        let local = stream.local_addr()?;
+        Ok((stream, (peer.into(), local.into())))
+    };
+    serve_each(accept, on_header).await
 }
 
 /// The same over a UNIX socket.
@@ -254,14 +244,24 @@ async fn serve_unix(
     local: Address,
     on_header: impl Fn(Seen) + Send + Sync + 'static,
 ) -> std::convert::Infallible {
+    let (listener, local) = (&listener, &local);
+    let accept = || async move { Ok((listener.accept().await?.0, (Client::Unix, local.clone()))) };
+    serve_each(accept, on_header).await
+}
+
+async fn serve_each<S: Stream + 'static, F: Future<Output = io::Result<(S, (Client, Address))>>>(
+    accept: impl Fn() -> F,
+    on_header: impl Fn(Seen) + Send + Sync + 'static,
+) -> std::convert::Infallible {
     let (on_header, limit) = (Arc::new(on_header), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
     loop {
         let permit = limit.clone().acquire_owned().await.expect("the semaphore is never closed");
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let (on_header, local) = (on_header.clone(), local.clone());
+        match accept().await {
+            Ok((stream, ends)) => {
+                let on_header = on_header.clone();
                 tokio::spawn(async move {
-                    let _ = answer(stream, (Client::Unix, local), &*on_header).await;
+                    // Whatever ends one connection, most often its other end, is no concern of the others.
+                    let _ = answer(stream, ends, &*on_header).await;
                     drop(permit);
                 });
             }

@@ -7,12 +7,10 @@ use ipnet::IpNet;
 use super::error::Diagnostic;
 use super::file::{Element, Section, Text};
 use super::{Tlvs, address};
-use crate::proxy_protocol::HEADER_BYTES_MAX;
+use crate::proxy_protocol::{HEADER_BYTES_MAX, HEADER_BYTES_SAFE};
 
 /// A v2 header without TLVs, when both addresses are IPv6.
 const BARE_BYTES_MAX: usize = 16 + 36;
-/// What every receiver that was tried takes.
-const SAFE_BYTES_MAX: usize = 232;
 /// A value's length is a 16-bit number.
 const VALUE_BYTES_MAX: usize = 65_535;
 /// Longest host name; HAProxy refuses longer ones.
@@ -212,7 +210,7 @@ pub(super) fn check_headers(file: &Section<'_>, headers: &[Levels<'_, '_>]) {
             largest = Some((bytes, value, header));
         }
     }
-    let Some((bytes, value, header)) = largest.filter(|(bytes, ..)| *bytes > SAFE_BYTES_MAX) else { return };
+    let Some((bytes, value, header)) = largest.filter(|(bytes, ..)| *bytes > HEADER_BYTES_SAFE) else { return };
     let Some(section) = header.levels.iter().flatten().map(|(_, section)| section).find(|s| s.is_written()) else {
         return;
     };
@@ -231,7 +229,7 @@ pub(super) fn check_headers(file: &Section<'_>, headers: &[Levels<'_, '_>]) {
         refusers.push(format!("HAProxy refuses a TLV of more than {HAPROXY_VALUE_BYTES_MAX} bytes"));
     }
     let diagnostic = Diagnostic::warning(&section.span, message);
-    let label = format!("{SAFE_BYTES_MAX} bytes are safe with every known receiver");
+    let label = format!("{HEADER_BYTES_SAFE} bytes are safe with every known receiver");
     file.note(diagnostic.label(label).help(refusers.join("; ")));
 }
 

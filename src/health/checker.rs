@@ -30,7 +30,7 @@ pub struct Target {
     pub source: Vec<IpAddr>,
 }
 
-/// Checks one upstream from `start` until it is stopped or dropped.
+/// Checks one upstream from `start` until it is dropped; a check that is under way is given up then.
 ///
 /// The last observation it reported is always what it believes: so after an `eject`, and after any report that crossed
 /// it on the way, both sides agree.
@@ -74,7 +74,6 @@ struct Shared {
     /// The reason of an ejection that the task has yet to report.
     ejection: Mutex<Option<String>>,
     ejected: Notify,
-    wanted: Notify,
 }
 
 impl Checker {
@@ -85,7 +84,6 @@ impl Checker {
             state: Mutex::new(State::new(Health::Unknown)),
             ejection: Mutex::new(None),
             ejected: Notify::new(),
-            wanted: Notify::new(),
         });
         let task = spawn(&target, &handle, &shared);
         Checker { target, handle, shared, task }
@@ -120,11 +118,6 @@ impl Checker {
         self.shared.stats.clone()
     }
 
-    /// Checks without waiting for the interval; after the check that is under way, if there is one.
-    pub fn check_now(&self) {
-        self.shared.wanted.notify_one();
-    }
-
     /// Takes the upstream out because connects of the traffic failed: it is unhealthy for this reason until
     /// `healthy_threshold` checks passed. The checker reports that like any change, drops a check that is under way
     /// and checks anew at once. An upstream that is unhealthy already stays as it is.
@@ -135,9 +128,6 @@ impl Checker {
         *self.shared.ejection.lock().expect(NO_PANIC) = Some(reason);
         self.shared.ejected.notify_one();
     }
-
-    /// Ends it; a check that is under way is given up. The same as dropping it.
-    pub fn stop(self) {}
 }
 
 impl Drop for Checker {
@@ -267,11 +257,11 @@ impl Shared {
     ) -> (Option<Change>, Instant) {
         self.stats.record(&outcome, ended - started);
         tracing::debug!(
+            event = "health_check",
             pool = target.key.pool,
             upstream = %target.key.address,
-            outcome = ?outcome.verdict,
-            reason = outcome.reason,
-            "health check"
+            outcome = outcome.verdict.as_str(),
+            reason = outcome.reason
         );
         let mut state = self.state.lock().expect(NO_PANIC);
         let change = state.record(outcome.verdict, &target.check);
@@ -292,7 +282,6 @@ impl Shared {
     async fn wait_until(&self, next: Instant) {
         tokio::select! {
             () = tokio::time::sleep_until(next.into()) => {}
-            () = self.wanted.notified() => {}
             () = self.ejected.notified() => self.ejected.notify_one(),
         }
     }
@@ -396,7 +385,7 @@ mod tests {
     async fn an_ejected_upstream_is_checked_at_once_and_comes_back_by_checks() {
         let mut upstream = upstream(HOUR).await;
         let (handle, mut commands) = control::channel();
-        let checker = Checker::start(upstream.target, handle);
+        let mut checker = Checker::start(upstream.target, handle);
         assert_eq!(observed(&mut commands).await.0, Health::Healthy);
         upstream.accepted.recv().await.unwrap();
         checker.eject("3 failed connects in a row".into());
@@ -404,7 +393,10 @@ mod tests {
         upstream.accepted.recv().await.unwrap();
         until(|| checker.stats().passed() == 2).await;
         checker.eject("again".into());
-        checker.check_now();
+        let mut target = checker.target().clone();
+        target.check.interval = Duration::from_millis(5);
+        checker.retarget(target);
+        assert_eq!(observed(&mut commands).await, (Health::Unhealthy, "as it was before the reload".into()));
         assert_eq!(observed(&mut commands).await.0, Health::Healthy, "what is out already is not ejected again");
     }
 
@@ -448,7 +440,7 @@ mod tests {
         let checker = Checker::start(upstream.target.clone(), handle.clone());
         observed(&mut commands).await;
         let task = checker.task.clone();
-        checker.stop();
+        drop(checker);
         until(|| task.is_finished()).await;
         drop(commands);
         let checker = Checker::start(upstream.target, handle);

@@ -24,6 +24,17 @@ pub enum Verdict {
     Void,
 }
 
+impl Verdict {
+    /// The word in the log and in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Verdict::Passed => "passed",
+            Verdict::Failed => "failed",
+            Verdict::Void => "void",
+        }
+    }
+}
+
 /// Health and the results in a row that lead to the next change of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State {

@@ -422,6 +422,7 @@ impl Udp {
         let (batch, piece) = first;
         let retained = core.retain(&batch.bytes(piece.place)[piece.start..piece.start + piece.length]);
         self.log_start(&id, &life.name, client);
+        tracing::debug!(event = "accept", %id, listener = &*life.name, %client);
         let session = Session {
             entry: Rc::new(SessionEntry::new(id, Arc::clone(life), (client, local), now)),
             generation: core.generation,
@@ -448,6 +449,7 @@ impl Udp {
         if core.sessions.len() <= slot {
             core.sessions.resize_with(slot + 1, || None);
         }
+        session.attempted(None);
         let watched = self.upstreams.add(&session.link.socket, number(slot, session.generation));
         core.sessions[slot] = Some(session);
         if let Err(error) = watched {

@@ -2,9 +2,8 @@
 //! are ours alone.
 
 use std::io;
-use std::mem;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -190,7 +189,8 @@ fn begin(to: SocketAddr, source: Option<IpAddr>, acknowledge: Acknowledge) -> io
         socket.set_tcp_quickack(false)?;
     }
     if let Some(source) = source {
-        choose_port_at_connect(&socket)?;
+        // A bound address then does not cost one of the machine's ports for every destination.
+        super::set_option(&socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
         socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
     }
     match socket.connect(&SockAddr::from(to)) {
@@ -205,23 +205,6 @@ async fn established(stream: TcpStream) -> io::Result<TcpStream> {
         Some(error) => Err(error),
         None => Ok(stream),
     }
-}
-
-/// IP_BIND_ADDRESS_NO_PORT: a bound address then does not cost one of the machine's ports for every destination.
-fn choose_port_at_connect(socket: &Socket) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the descriptor is open while `socket` is borrowed; the pointer and the length describe `on`, which the
-    // kernel only reads.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const on).cast(),
-            mem::size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Has this socket, just connected, sent anything but SYNs? Where the kernel cannot say: yes.

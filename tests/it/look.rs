@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use preface::proxy_protocol::explain::hex;
 
+use crate::support::datagrams::{self, DatagramServer};
 use crate::support::receiver::{echo, say_who};
 use crate::support::{Arrival, Balancer, DEADLINE, Receiver, eventually, http, peers, preface};
 
@@ -314,10 +315,7 @@ fn one_connection_is_followed_by_its_id_once_the_level_is_debug() {
     ask(&lb, b"");
     let end = lb.log().wait_for("the end", |line| line.contains("event=end "));
     let id = end.split(' ').find(|field| field.starts_with("id=")).expect("an id").to_owned();
-    let lines: Vec<String> = lb.log().lines().into_iter().filter(|line| line.contains(&id)).collect();
-    let events: Vec<&str> =
-        lines.iter().filter_map(|line| line.split(' ').find_map(|field| field.strip_prefix("event="))).collect();
-    assert_eq!(events, ["accept", "attempt", "introduced", "connection", "end"]);
+    assert_eq!(events(&lb, &id), ["accept", "attempt", "introduced", "connection", "end"]);
 
     // A reload that says nothing new about it leaves it; one that does doesn't.
     lb.apply(&text.replace("[pools.p]\n", "[pools.p]\nretries = 1\n"));
@@ -349,4 +347,45 @@ fn a_misspelt_level_is_refused_and_each_change_of_the_level_is_logged() {
     }
     ask(&lb, b"");
     lb.log().wait_for("it still logs", |line| line.contains("event=connection "));
+}
+
+/// The events of the lines that have this in them, in their order; without the orders to the admin API.
+fn events(lb: &Balancer, id: &str) -> Vec<String> {
+    let lines = lb.log().lines();
+    let of_it = lines.iter().filter(|line| line.contains(id));
+    let of_it = of_it.filter(|line| !line.contains("event=admin "));
+    of_it.filter_map(|line| Some(line.split(' ').find_map(|field| field.strip_prefix("event="))?.to_owned())).collect()
+}
+
+#[test]
+fn one_session_is_followed_by_its_id_too_without_a_line_for_a_datagram() {
+    let server = DatagramServer::start(datagrams::echo);
+    let config = |upstream: &str| {
+        format!(
+            "[log]\nlevel = \"debug\"\n[listeners.dns]\nbind = \"127.0.0.1:0\"\nprotocol = \"udp\"\npool = \"p\"\n\
+             [pools.p]\nproxy_protocol = \"v2\"\nupstreams = [\"{upstream}\"]\n\
+             [pools.p.health_check]\nprotocol = \"tcp\"\n"
+        )
+    };
+    let mut lb = preface(&config(&server.address.to_string()));
+    // Nobody accepts there.
+    lb.log().wait_for("a check", |line| {
+        line.contains("level=debug event=health_check ") && line.contains("outcome=failed")
+    });
+    let client = datagrams::client();
+    for number in 0..20_u8 {
+        assert_eq!(datagrams::ask(&client, lb.ipv4("dns"), &[number]).0, [number]);
+    }
+    let own = format!("client={}", client.local_addr().expect("an address"));
+    let accepted = lb.log().wait_for("the session", |line| line.contains("event=accept ") && line.contains(&own));
+    let id = accepted.split(' ').find(|field| field.starts_with("id=")).expect("an id").to_owned();
+    eventually("what it is introduced with", || (events(&lb, &id).len() == 3).then_some(()));
+    // Another upstream, and the end by an order.
+    let other = DatagramServer::start(datagrams::echo);
+    lb.apply(&config(&other.address.to_string()));
+    assert_eq!(datagrams::ask(&client, lb.ipv4("dns"), b"again").0, b"again");
+    lb.log().wait_for("the move", |line| line.contains(&id) && line.ends_with(" attempt=2 moved=removed"));
+    assert_eq!(lb.ask("DELETE", &format!("/connections/{}", &id[3..])).status, 200);
+    lb.log().wait_for("the end", |line| line.contains("event=end ") && line.contains(&id));
+    assert_eq!(events(&lb, &id), ["accept", "attempt", "introduced", "attempt", "introduced", "session", "end"]);
 }

@@ -244,3 +244,39 @@ fn pause_keeps_the_page_as_it_is_and_an_end_of_the_process_is_said() {
     assert!(balancer.wait_exit().success());
     browser.wait_for("#live", "the silence", |text| text.starts_with("no answer for "));
 }
+
+#[test]
+fn a_row_opens_with_every_figure_of_its_times() {
+    let receiver = Receiver::with_header(say_who);
+    let balancer = preface(&config(&receiver, free_port(), ""));
+    exchange(&balancer, "web");
+    let browser = open(&balancer);
+    let row = format!("tr[data-address='{}']", receiver.address);
+    browser.wait_for(&row, "its times", |text| text.contains("all times"));
+    browser.click(&format!("{row} .row-button"));
+    let lines = |text: &str| -> Vec<Vec<String>> {
+        let cells = |line: &str| line.split('\t').map(|cell| cell.trim().to_owned()).collect();
+        text.lines().filter(|line| line.contains(" ms\t")).map(cells).collect()
+    };
+    let opened = format!("{row} + tr .times");
+    let text = browser.wait_for(&opened, "both periods", |text| lines(text).len() == 6);
+    let shown = lines(&text);
+    let kinds: Vec<(&str, &str)> = shown.iter().map(|line| (line[0].as_str(), line[1].as_str())).collect();
+    let due = ["connect", "first byte", "connection"].map(|kind| [(kind, "last minute"), (kind, "since the start")]);
+    assert_eq!(kinds, due.concat());
+    // p50, p90, p99, p99.9, max, and how many.
+    assert!(shown.iter().all(|line| line.len() == 8 && line[2..7].iter().all(|cell| cell.ends_with(" ms"))), "{text}");
+    assert!(shown.iter().all(|line| line[7] == "1"), "{text}");
+    // It follows what happens, and so does the pool's.
+    exchange(&balancer, "web");
+    browser.wait_for(&opened, "the second connection", |text| lines(text).iter().all(|line| line[7] == "2"));
+    let pool = format!("#pools .card:has({row})");
+    browser.click(&format!("{pool} > .head .row-button"));
+    browser.wait_for(&format!("{pool} > div > .times"), "the pool's", |text| lines(text).len() == 6);
+    browser.click(&format!("{row} .row-button"));
+    eventually("the row is closed", || {
+        let count = browser.run("return document.querySelectorAll('#pools td .times').length");
+        (count == 0).then_some(())
+    });
+    assert_eq!(browser.console(), Vec::<String>::new());
+}

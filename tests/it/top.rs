@@ -1,6 +1,7 @@
 //! `preface top` in a terminal (tmux plays it): what it shows, its keys, and that it gives the terminal back.
 
-use std::net::SocketAddr;
+use std::io::Read;
+use std::net::{Shutdown, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
@@ -249,4 +250,29 @@ fn prints_one_frame_where_there_is_no_terminal() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_preface"));
     let (status, text) = Process::run(command.args(["top", "--once", "--admin", "unix:/nonexistent"]));
     assert_eq!((status.code(), text.starts_with("preface: no preface answers on")), (Some(1), true), "{text}");
+}
+
+#[test]
+fn opens_the_chosen_row_with_every_figure_of_its_times() {
+    let receiver = Receiver::with_header(say_who);
+    let balancer = preface(&config(&receiver));
+    let mut client = balancer.connect("web");
+    client.shutdown(Shutdown::Write).expect("it is closed");
+    client.read_to_end(&mut Vec::new()).expect("an answer");
+    let terminal = Terminal::start(&at(&balancer.admin_socket()));
+    terminal.wait_for("the upstream", |screen| screen.contains(&receiver.address.to_string()));
+    terminal.press(&["j", "Enter"]);
+    // Of one connection all figures are the same one, in both periods.
+    let figures = |screen: &str, kind: &str| -> Vec<String> {
+        let line = screen.lines().find_map(|line| line.strip_prefix(kind)).unwrap_or_default();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    let screen = terminal.wait_for("the times", |screen| figures(screen, "connection ").len() == 10);
+    assert!(screen.contains("last minute") && screen.contains("since the start"), "{screen}");
+    for kind in ["connect ", "first byte ", "connection "] {
+        let figures = figures(&screen, kind);
+        assert!(figures.len() == 10 && figures.iter().all(|figure| figure.ends_with('s')), "{kind}: {screen}");
+    }
+    terminal.press(&["l"]);
+    terminal.wait_for("the line of two figures", |screen| screen.contains("last minute p50/p99:"));
 }

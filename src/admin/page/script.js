@@ -445,9 +445,12 @@
   function showPools(model) {
     keep(byId("pools"), model.pools, (pool) => pool.columns.length + pool.name, (pool) => {
       const node = card(null, "Pool " + pool.name);
+      node.opener_ = opener(() => node.pool_);
+      node.title_.parentElement.append(node.opener_);
+      node.times_ = make("div");
       node.table_ = table(pool.columns);
       node.more_ = make("p", "quiet");
-      node.append(node.table_, node.more_);
+      node.append(node.times_, node.table_, node.more_);
       return node;
     }, (node, pool) => {
       const rows = pool.upstreams.length > UPSTREAMS_MAX ? pool.upstreams.slice().sort((one, other) => one.rank - other.rank) : pool.upstreams;
@@ -458,15 +461,81 @@
       for (const name of list(pool.value.names).slice(0, 5)) about += ", " + words(name.name) + " is " + list(name.addresses).length;
       about += latencies(pool.value);
       say(node.about_, about);
+      node.pool_ = pool;
+      pool.key = pool.name;
+      showOpener(node.opener_, pool);
+      keep(node.times_, openedTimes.has(pool.key) ? [pool] : [], (pool) => pool.key, () => table(TIMES), (node, pool) => showTimes(node, pool.value));
       say(node.more_, rows.length > UPSTREAMS_MAX ? (rows.length - UPSTREAMS_MAX) + " more, in no worse state: see /status" : "");
-      keep(node.table_.rows_, rows.slice(0, UPSTREAMS_MAX), (upstream) => upstream.key, () => upstreamRow(pool.columns), (tr, upstream) => showUpstream(tr, upstream, model, slowest));
+      const items = [];
+      for (const upstream of rows.slice(0, UPSTREAMS_MAX)) {
+        items.push({ key: upstream.key, upstream });
+        if (openedTimes.has(upstream.key)) items.push({ key: "times " + upstream.key, upstream, isDetail: true });
+      }
+      keep(node.table_.rows_, items, (item) => item.key, (item) => (item.isDetail ? timesRow(pool.columns.length) : upstreamRow(pool.columns)), (tr, { upstream, isDetail }) => {
+        if (isDetail) showTimes(tr.table_, upstream.value);
+        else showUpstream(tr, upstream, model, slowest);
+      });
+    });
+  }
+
+  // ---- Every figure of a pool's or an upstream's durations
+
+  const FIGURES = [["p50", "p50"], ["p90", "p90"], ["p99", "p99"], ["p999", "p99.9"], ["max", "max"]];
+  const PERIODS = [["last_minute", "last minute"], ["since_start", "since the start"]];
+  const KINDS = [["connect", "connect"], ["first_byte", "first byte"], ["duration", "connection"], ["round_trip", "UDP round trip"], ["session", "UDP session"], ["health_check", "health check"]];
+  const TIMES = [{ key: "kind", name: "time" }, { key: "period", name: "of" }, ...FIGURES.map(([key, name]) => ({ key, name, number: true })), { key: "count", name: "measured", number: true }];
+  const openedTimes = new Set();   // keys of upstreams, names of pools
+
+  function opener(whose) {
+    const button = make("button", "row-button", "all times");
+    button.type = "button";
+    button.addEventListener("click", () => {
+      const { key } = whose();
+      if (!openedTimes.delete(key)) openedTimes.add(key);
+      if (newest) showPools(newest);
+    });
+    return button;
+  }
+
+  function showOpener(button, { key, value }) {
+    button.hidden = !measuredTimes(value).length;
+    button.setAttribute("aria-expanded", String(openedTimes.has(key)));
+  }
+
+  function measuredTimes(value) {
+    const times = [];
+    for (const [kind, name] of KINDS) {
+      for (const [period, of] of PERIODS) {
+        const figures = value.latency && value.latency[kind + "_ms"] && value.latency[kind + "_ms"][period];
+        if (figures) times.push({ key: kind + " " + period, name, of, figures });
+      }
+    }
+    return times;
+  }
+
+  function timesRow(columns) {
+    const node = make("tr");
+    const cell = make("td", "detail");
+    cell.colSpan = columns;
+    cell.append((node.table_ = table(TIMES)));
+    node.append(cell);
+    return node;
+  }
+
+  function showTimes(node, value) {
+    node.className = "times";
+    keep(node.rows_, measuredTimes(value), (time) => time.key, () => row(TIMES), ({ cells_ }, { name, of, figures }) => {
+      say(cells_.kind, name);
+      say(cells_.period, of);
+      for (const [key] of FIGURES) say(cells_[key], milliseconds(number(figures[key])));
+      say(cells_.count, count(number(figures.count)));
     });
   }
 
   function upstreamRow(columns) {
     const node = row(columns);
     const { address, state, plot: cell, bytes, connect, first, trip, orders } = node.cells_;
-    address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")));
+    address.append((node.address_ = make("strong")), (node.traits_ = make("span", "quiet line")), (node.opener_ = opener(() => node.upstream_)));
     state.append((node.health_ = make("span")), document.createTextNode(" "), (node.admin_ = make("span")), document.createTextNode(" "), (node.fault_ = make("span", "badge bad")), (node.why_ = make("span", "quiet line")), (node.ordered_ = make("span", "quiet line")));
     const plots = make("span", "plots");
     plots.append((node.plot_ = plot()), (node.waits_ = plot("time")));
@@ -500,6 +569,8 @@
     if (value.weight !== undefined && value.weight !== 1) traits.push("weight " + words(value.weight));
     if (value.backup) traits.push("backup");
     say(node.traits_, traits.join(", "));
+    showOpener(node.opener_, upstream);
+    dress(node, openedTimes.has(upstream.key) ? "open" : "");
     dress(node.health_, "badge " + (HEALTH[value.health] || ""));
     say(node.health_, words(value.health) || "–");
     dress(node.admin_, "badge " + (ADMIN[value.admin] || ""));

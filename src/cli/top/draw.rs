@@ -6,7 +6,7 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span, Text};
 use ratatui::widgets::{Block, Clear, Paragraph, Widget, Wrap};
 
-use super::model::{Model, Numbers, Pool, Problem, Upstream};
+use super::model::{FIGURES, KINDS, Model, Numbers, Pool, Problem, Upstream};
 use super::view::{Mode, Order, Row, Sort, Target, View};
 use super::words::{bytes, count, milliseconds, rate, span, tail, wrap};
 
@@ -305,9 +305,31 @@ fn details(view: &View, model: &Model, rows: &[Row], width: u16) -> Vec<Line<'st
     let advice =
         model.problems.iter().filter(is_meant).map(|problem| &problem.advice).find(|advice| !advice.is_empty());
     let advice = advice.map(|advice| wrap(advice, usize::from(width), "> ")).unwrap_or_default();
-    let mut lines = vec![Line::raw(first), Line::styled(second, QUIET)];
+    let mut lines = vec![Line::raw(first)];
+    match view.is_open {
+        true => lines.extend(time_lines(numbers)),
+        false => lines.push(Line::styled(second, QUIET)),
+    }
     lines.extend(advice.into_iter().map(|line| Line::styled(line, WARN)));
     lines
+}
+
+/// Every figure of what was measured: a kind of durations in a line, which fits into 80 columns.
+fn time_lines(numbers: &Numbers) -> Vec<Line<'static>> {
+    let kinds = KINDS.iter().zip(&numbers.latency.times);
+    let measured = kinds.filter(|(_, times)| times.last_minute.iter().chain(&times.since_start).any(Option::is_some));
+    let lines = measured.map(|((_, name), times)| {
+        let figures = times.last_minute.iter().chain(&times.since_start);
+        let figures: String = figures.map(|figure| format!(" {:>6}", milliseconds(*figure))).collect();
+        Line::raw(format!("{name:<10}{figures}"))
+    });
+    let lines: Vec<Line> = lines.collect();
+    if lines.is_empty() {
+        return vec![Line::styled("nothing measured yet", QUIET)];
+    }
+    let names: String = FIGURES.iter().chain(&FIGURES).map(|name| format!(" {name:>6}")).collect();
+    let head = [format!("{:13}{:35}{}", "", "last minute", "since the start"), format!("{:10}{names}", "")];
+    head.into_iter().map(|line| Line::styled(line, QUIET)).chain(lines).collect()
 }
 
 fn key_line(scene: &Scene) -> Line<'static> {
@@ -321,11 +343,13 @@ fn key_line(scene: &Scene) -> Line<'static> {
         (_, Some(Ok(said))) => Line::styled(said.clone(), GOOD),
         (_, Some(Err(said))) => Line::styled(said.clone(), BAD),
         _ => {
-            let mut text =
-                format!("? help  q quit  d drain  x disable  e enable  s sort: {}  / filter", view.sort.as_str());
-            if !view.filter.is_empty() {
-                text += &format!(": {}", view.filter);
-            }
+            // Who filters needs to see by what; there is no room for both.
+            let (times, filter) = match view.filter.as_str() {
+                "" => ("  l times", String::new()),
+                filter => ("", format!(": {filter}")),
+            };
+            let sort = view.sort.as_str();
+            let text = format!("? help  q quit  d drain  x disable  e enable{times}  s sort: {sort}  / filter{filter}");
             Line::styled(text, QUIET)
         }
     }
@@ -346,6 +370,7 @@ d             drain             nothing new; open connections stay
 x             disable           nothing new; open ones are reset now
 e             enable            take both back
               each asks first; on a pool's row: all of it
+l Enter       times             of the row: p50 to max, minute and start
 s             sort              pool, state, open, new, answer, failed
 /             filter            pool, address, state, reason; Esc clears
 p             pause             the screen stays as it is
@@ -355,7 +380,7 @@ serving: healthy and enabled. OPEN, NEW: connections and UDP sessions.
 CONN99, ANSW99: p99 of the last minute of connects and of answers (from
 accept to first byte; UDP: from question to reply; the slower one).
 FAIL/s: failed connects; in the second line every end not regular.";
-    let [width, height] = [76, 16].map(|size: u16| size);
+    let [width, height] = [76, 17].map(|size: u16| size);
     let place = Rect {
         x: area.x + area.width.saturating_sub(width) / 2,
         y: area.y + area.height.saturating_sub(height) / 2,

@@ -40,7 +40,8 @@ const ONCE_WIDTH: u16 = 140;
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Every second: state, open connections, rates, percentiles of the last minute, and what is wrong.
-Keys: arrows choose, d drain, x disable, e enable (each asks first), s sort, / filter, ? help, q quit.
+Keys: arrows choose, d drain, x disable, e enable (each asks first), l all times of the chosen row,
+s sort, / filter, ? help, q quit.
 
 Examples:
   preface top

@@ -57,9 +57,32 @@ pub struct Rates {
     pub datagrams_out: Option<f64>,
 }
 
-/// Milliseconds, of the last minute.
+/// The figures of a distribution, as the status calls them.
+pub const FIGURES: [&str; 5] = ["p50", "p90", "p99", "p999", "max"];
+
+/// One kind of duration, in milliseconds, by `FIGURES`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Of the last minute.
+    pub last_minute: [Option<f64>; FIGURES.len()],
+    /// Of all.
+    pub since_start: [Option<f64>; FIGURES.len()],
+}
+
+/// Kinds of durations: in the status, and on the screen.
+pub const KINDS: [(&str, &str); 5] = [
+    ("connect_ms", "connect"),
+    ("first_byte_ms", "first byte"),
+    ("duration_ms", "connection"),
+    ("round_trip_ms", "round trip"),
+    ("session_ms", "session"),
+];
+
+/// Milliseconds, of the last minute where nothing else is said.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Latency {
+    /// All that is known, by `KINDS`.
+    pub times: [Times; KINDS.len()],
     /// Of connects: p50, p99.
     pub connect: [Option<f64>; 2],
     /// To the upstream's first byte: p50, p99.
@@ -235,8 +258,12 @@ fn rates(value: &Value) -> Rates {
 }
 
 fn latency(value: &Value) -> Latency {
-    let both = |kind: &str| ["p50", "p99"].map(|name| value[kind]["last_minute"][name].as_f64());
-    Latency { connect: both("connect_ms"), first_byte: both("first_byte_ms"), round_trip: both("round_trip_ms") }
+    let times = KINDS.map(|(kind, _)| {
+        let figures = |period: &str| FIGURES.map(|figure| value[kind][period][figure].as_f64());
+        Times { last_minute: figures("last_minute"), since_start: figures("since_start") }
+    });
+    let [connect, first_byte, _, round_trip, _] = times.map(|Times { last_minute: [p50, _, p99, ..], .. }| [p50, p99]);
+    Latency { times, connect, first_byte, round_trip }
 }
 
 fn problem(model: &Model, value: &Value) -> Problem {

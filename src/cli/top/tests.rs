@@ -141,6 +141,38 @@ fn sessions_stand_in_the_same_table() {
 }
 
 #[test]
+fn the_chosen_row_opens_with_every_figure_of_its_times() {
+    let figures = |first: f64| json!({ "count": 9, "p50": first, "p90": first * 1.5, "p99": first * 4.0, "p999": first * 90.0, "max": first * 2000.0 });
+    let both = |first: f64| json!({ "last_minute": figures(first), "since_start": figures(first * 3.0) });
+    let mut status = dns();
+    let upstreams = &mut status["pools"]["ingress"]["upstreams"];
+    upstreams[0]["latency"] =
+        json!({ "connect_ms": both(0.029), "first_byte_ms": both(1.2), "duration_ms": both(31.5) });
+    upstreams[1]["latency"] = json!({ "connect_ms": { "last_minute": null, "since_start": figures(0.3) } });
+    upstreams[2]["latency"] = json!({ "connect_ms": { "last_minute": null, "since_start": null } });
+    status["pools"]["resolvers"]["upstreams"][0]["latency"] =
+        json!({ "round_trip_ms": both(0.4), "session_ms": both(5000.0) });
+    let model = Model::of_status(&status);
+    let mut view = View::default();
+    // Below the table, without the keys' line.
+    let foot = |view: &View| {
+        let text = shown(&model, view, 80, 40);
+        let lines =
+            text.lines().skip_while(|line| !line.starts_with("\"ingress 1") && !line.starts_with("\"resolvers 1"));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    press(&mut view, &model, "jl");
+    let mut shown = vec![foot(&view)];
+    for keys in ["j", "j", "jjjjj"] {
+        press(&mut view, &model, keys);
+        shown.push(foot(&view));
+    }
+    insta::assert_snapshot!("times", shown.join("\n\n"));
+    press(&mut view, &model, "\n");
+    assert!(!view.is_open);
+}
+
+#[test]
 fn a_wider_terminal_shows_more() {
     let model = Model::of_status(&status());
     insta::assert_snapshot!(shown(&model, &View::default(), 140, 20));

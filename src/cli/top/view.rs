@@ -22,6 +22,8 @@ pub struct View {
     pub mode: Mode,
     /// Nothing new is shown.
     pub paused: bool,
+    /// All percentiles of the chosen row are shown.
+    pub is_open: bool,
     /// What became of the last order; shown until the next key.
     pub said: Option<Result<String, String>>,
 }
@@ -253,6 +255,7 @@ impl View {
             KeyCode::Char('q') => return Some(Action::Quit),
             KeyCode::Char('?' | 'h') | KeyCode::F(1) => self.mode = Mode::Help,
             KeyCode::Char('/') => self.mode = Mode::Filter,
+            KeyCode::Char('l') | KeyCode::Enter => self.is_open = !self.is_open,
             KeyCode::Char('s') => self.sort = self.sort.next(),
             KeyCode::Char('p' | ' ') => self.paused = !self.paused,
             KeyCode::Esc => self.filter.clear(),

@@ -19,6 +19,7 @@ use crate::net::datagram::outbox::{Failure, Next, Outbox, Route};
 use crate::net::datagram::{self, Batch, Source};
 use crate::pool::{Lease, UpstreamLife};
 use crate::sessions::Ends;
+use crate::snapshot::Moved;
 use crate::termination::{DropReason, Termination};
 
 /// From the client to the upstream.
@@ -261,9 +262,22 @@ impl Session {
         }
     }
 
+    /// Says which upstream it has now, and why no longer the one before.
+    pub fn attempted(&self, moved: Option<Moved>) {
+        tracing::debug!(
+            event = "attempt", id = %self.entry.id, pool = &*self.link.pool, upstream = %self.link.life().address,
+            attempt = self.attempts, moved = moved.map(Moved::as_str)
+        );
+    }
+
+    fn header_word(&self) -> &'static str {
+        self.link.format.map_or("off", HeaderFormat::as_str)
+    }
+
     /// Remembers the header that the upstream was sent.
     pub fn tap(&mut self, shared: &Shared) {
         self.link.tapped = true;
+        tracing::debug!(event = "introduced", id = %self.entry.id, header = self.header_word());
         if shared.is_followed() {
             self.publish();
         }
@@ -351,6 +365,7 @@ impl Session {
         if wanted && termination != Termination::Displaced {
             self.log(shared, duration, termination);
         }
+        tracing::debug!(event = "end", id = %self.entry.id, end = %termination);
         // The process may end with the last one: only after its line.
         drop(self.open);
     }
@@ -365,7 +380,7 @@ impl Session {
             local: Some(&Address::Ip(entry.local)),
             pool: Some(&self.link.pool),
             upstream: Some(&self.link.life().address),
-            header: Some(self.link.format.map_or("off", HeaderFormat::as_str)),
+            header: Some(self.header_word()),
             bytes_in: self.bytes[IN],
             bytes_out: self.bytes[OUT],
             connect: None,

@@ -79,7 +79,7 @@ impl Udp {
                     return Err(if forbidden { DropReason::Forbidden } else { DropReason::LocalResources });
                 }
                 Err(error) => {
-                    tracing::debug!(event = "connect_failed", pool = &*pool.name, upstream = %life.address, reason = %error);
+                    tracing::debug!(event = "connect_failed", %id, pool = &*pool.name, upstream = %life.address, reason = %error);
                     count_failure(&self.shared, pool, &life);
                     reason = Some(DropReason::Unreachable);
                     tried.push(life);
@@ -176,6 +176,7 @@ impl Udp {
             return false;
         }
         session.replace_link(link, core.generation, attempts);
+        session.attempted(Some(why));
         session.entry.listener.sessions.moved[why as usize].fetch_add(1, Relaxed);
         // An error that comes back at once is found by the next send.
         if session.retained.is_some() && session.send_retained(outbox).is_ok() {
