@@ -53,6 +53,8 @@ pub struct ReloadReport {
     pub outcome: ReloadOutcome,
     /// One line a change, for people; empty when nothing changed.
     pub changes: Vec<String>,
+    /// What of the file applies at the next start only, one line each; said again by each reload.
+    pub pending: Vec<String>,
     /// Rendered, one element an error; empty unless refused.
     pub errors: Vec<String>,
     /// Rendered warnings of the file.

@@ -126,6 +126,7 @@ fn report(trigger: ReloadTrigger, refused: bool) -> ReloadReport {
         time: "2026-11-21T04:38:00Z".to_owned(),
         trigger: trigger.as_str(),
         outcome: if refused { ReloadOutcome::Refused } else { ReloadOutcome::Applied },
+        pending: Vec::new(),
         changes: if refused { vec![] } else { vec!["pool ingress: 1 upstream added".to_owned()] },
         errors: if refused { vec!["no pool named \"ingres\"".to_owned()] } else { vec![] },
         warnings: vec![],
@@ -185,6 +186,7 @@ async fn reload_answers_with_what_changed_or_with_the_errors() {
       "duration_ms": 1.5,
       "errors": [],
       "outcome": "applied",
+      "pending": [],
       "time": "2026-11-21T04:38:00Z",
       "trigger": "admin",
       "warnings": []

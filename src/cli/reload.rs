@@ -39,13 +39,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 /// What to print, or the errors.
 fn outcome(report: &Value) -> anyhow::Result<String> {
+    let lines = |key: &str| texts(report, key).map(|line| format!("  {line}\n")).collect::<String>();
+    let pending = lines("pending");
     match report["outcome"].as_str() {
         Some("applied") => {
             let took = report["duration_ms"].as_f64().unwrap_or_default();
-            let changes: String = texts(report, "changes").map(|change| format!("  {change}\n")).collect();
-            Ok(format!("applied in {took:.1} ms\n{changes}"))
+            Ok(format!("applied in {took:.1} ms\n{}{pending}", lines("changes")))
         }
-        Some("unchanged") => Ok("unchanged: the file says what is in force already\n".to_owned()),
+        Some("unchanged") if pending.is_empty() => Ok("unchanged: the file says what is in force already\n".to_owned()),
+        Some("unchanged") => Ok(format!("unchanged, and not all that the file says is in force:\n{pending}")),
         _ => {
             let errors: Vec<&str> = texts(report, "errors").collect();
             bail!("the reload was refused, and what ran goes on\n\n{}", errors.join("\n\n"))
@@ -69,6 +71,10 @@ mod tests {
         assert_eq!(outcome(&applied).unwrap(), "applied in 3.2 ms\n  pool a: added\n  pool b: removed\n");
         let unchanged = json!({ "outcome": "unchanged", "changes": [] });
         assert_eq!(outcome(&unchanged).unwrap(), "unchanged: the file says what is in force already\n");
+        let line = "runtime: workers 2 -> 3 (applies at the next start)";
+        let pending = json!({ "outcome": "unchanged", "changes": [], "pending": [line] });
+        let said = outcome(&pending).unwrap();
+        assert_eq!(said, format!("unchanged, and not all that the file says is in force:\n  {line}\n"));
         let refused = json!({ "outcome": "refused", "errors": ["first", "second"] });
         let error = outcome(&refused).unwrap_err().to_string();
         assert_eq!(error, "the reload was refused, and what ran goes on\n\nfirst\n\nsecond");

@@ -36,6 +36,31 @@ pub fn diff(old: &Config, new: &Config) -> Vec<String> {
     lines.list
 }
 
+/// What of the changes applies at the next start only, one line each.
+pub fn start_only(old: &Config, new: &Config) -> Vec<String> {
+    let probe_bind = |config: &Config| config.admin.probe_bind.map_or("not set".to_owned(), |bind| bind.to_string());
+    let values = |config: &Config| {
+        [
+            ("runtime: workers", config.runtime.workers.to_string()),
+            ("runtime: pin_workers", config.runtime.pin_workers.to_string()),
+            ("admin: bind", config.admin.bind.to_string()),
+            ("admin: probe_bind", probe_bind(config)),
+        ]
+    };
+    let both = values(old).into_iter().zip(values(new));
+    let changed = both.filter(|((_, old), (_, new))| old != new);
+    changed.map(|((key, old), (_, new))| format!("{key} {old} -> {new} (applies at the next start)")).collect()
+}
+
+/// The new configuration with those values as they are in force.
+pub fn without_start_only(old: &Config, mut new: Config) -> Config {
+    new.runtime.workers = old.runtime.workers;
+    new.runtime.pin_workers = old.runtime.pin_workers;
+    new.admin.bind = old.admin.bind.clone();
+    new.admin.probe_bind = old.admin.probe_bind;
+    new
+}
+
 /// The new configuration with the old one's `Arc` for every listener and pool that did not change.
 pub fn reuse(old: &Config, mut new: Config) -> Config {
     fn keep<T: PartialEq>(old: &BTreeMap<String, Arc<T>>, new: &mut BTreeMap<String, Arc<T>>) {
@@ -121,14 +146,9 @@ fn format(format: &Option<HeaderFormat>) -> String {
 }
 
 fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
+    lines.list.extend(start_only(old, new));
     let lines = lines.below("runtime".to_owned());
     let (a, b) = (&old.runtime, &new.runtime);
-    if a.workers != b.workers {
-        lines.say(&format!("workers {} -> {} (applies at the next start)", a.workers, b.workers));
-    }
-    if a.pin_workers != b.pin_workers {
-        lines.say(&format!("pin_workers {} -> {} (applies at the next start)", a.pin_workers, b.pin_workers));
-    }
     lines.plain("max_connections", &a.max_connections, &b.max_connections);
     lines.duration("stop_delay", a.stop_delay, b.stop_delay);
     lines.duration("stop_timeout", a.stop_timeout, b.stop_timeout);
@@ -138,14 +158,7 @@ fn runtime_log_admin(lines: &mut Lines, old: &Config, new: &Config) {
     lines.plain("format", &a.format, &b.format);
     lines.plain("connections", &a.connections, &b.connections);
     let lines = lines.below("admin".to_owned());
-    let (a, b) = (&old.admin, &new.admin);
-    if a.bind != b.bind {
-        lines.say(&format!("bind {} -> {} (applies at the next start)", a.bind, b.bind));
-    }
-    if a.probe_bind != b.probe_bind {
-        lines.say("probe_bind changed (applies at the next start)");
-    }
-    lines.optional("token_file", &a.token_file, &b.token_file);
+    lines.optional("token_file", &old.admin.token_file, &new.admin.token_file);
 }
 
 fn changed_listener(lines: &mut Lines, old: &Listener, new: &Listener) {

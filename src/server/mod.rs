@@ -163,10 +163,7 @@ fn start_state(
     let descriptors = limits::raise_descriptor_limit();
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let open = Arc::new(OpenConnections::default());
-    let count = match config.runtime.workers {
-        0 => limits::default_workers(),
-        count => count,
-    };
+    let count = Some(config.runtime.workers).filter(|count| *count > 0).unwrap_or_else(limits::default_workers);
     let probes = Arc::new(Probes::new(count, Instant::now()));
     let processors = if config.runtime.pin_workers { limits::processors() } else { Vec::new() };
     let mut workers = Vec::with_capacity(count);
@@ -184,6 +181,7 @@ fn start_state(
         path: path.to_owned(),
         config: nothing,
         text: String::new(),
+        pending: Vec::new(),
         warnings: Vec::new(),
         inputs,
         snapshot,

@@ -198,6 +198,12 @@ fn of_process(status: &Value) -> Vec<Problem> {
             "look at what reads it (journald's rate limit, a full disk); log.connections = \"errors\" writes less";
         found.push(Problem::new(Severity::Warn, Kind::LogLinesDropped, what, advice));
     }
+    for pending in status["pending"].as_array().into_iter().flatten() {
+        let what = format!("not in force: {}", text(pending));
+        let advice =
+            "`preface upgrade` puts it in force without losing a connection, so does a restart; or take it back";
+        found.push(Problem::new(Severity::Warn, Kind::Configuration, what, advice));
+    }
     for warning in status["warnings"].as_array().into_iter().flatten() {
         found.push(Problem::new(Severity::Warn, Kind::Configuration, headline(text(warning)), ""));
     }

@@ -73,6 +73,7 @@ impl State {
             trigger: trigger.as_str(),
             outcome: ReloadOutcome::Refused,
             changes: Vec::new(),
+            pending: Vec::new(),
             errors: Vec::new(),
             warnings: Vec::new(),
             duration_ms: 0.0,
@@ -85,11 +86,13 @@ impl State {
                 let mut new = parsed.config;
                 report.warnings.extend(self.limit_warnings(&new));
                 self.resolve(&mut new);
-                let new = diff::reuse(&self.config, new);
+                report.pending = diff::start_only(&self.config, &new);
+                let new = diff::reuse(&self.config, diff::without_start_only(&self.config, new));
                 report.changes = diff::diff(&self.config, &new);
                 match self.apply(new).await {
                     Err(errors) => {
                         report.changes.clear();
+                        report.pending.clear();
                         report.errors = errors;
                     }
                     Ok(()) => {
@@ -97,6 +100,7 @@ impl State {
                             if report.changes.is_empty() { ReloadOutcome::Unchanged } else { ReloadOutcome::Applied };
                         self.text = text;
                         self.warnings = report.warnings.clone();
+                        self.pending = report.pending.clone();
                     }
                 }
             }
@@ -442,6 +446,9 @@ fn log_report(report: &ReloadReport) {
             duration_ms = format!("{:.1}", report.duration_ms),
             changes = report.changes.join("; ")
         ),
+    }
+    for pending in &report.pending {
+        tracing::warn!(event = "config", pending, "not in force");
     }
     for warning in &report.warnings {
         tracing::warn!(event = "config", warning);

@@ -103,6 +103,8 @@ pub struct State {
     pub config: Config,
     /// Its text.
     pub text: String,
+    /// What of it applies at the next start only.
+    pub pending: Vec<String>,
     /// Rendered warnings of it.
     pub warnings: Vec<String>,
     /// What snapshots are built from.

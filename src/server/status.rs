@@ -22,10 +22,11 @@
 //!              rejections: { reset, closed, http_400, tls_alert: N },
 //!              checks: { passed, failed, void, last: { time, outcome, reason, duration_ms } } } ],
 //!            names: [ { name, addresses: [], from, answered, ttl_s, remarks: [], outcome, error, failing_since, next } ] } },
-//!   reloads: [ { time, trigger, outcome, changes: [], errors: [], warnings: [], duration_ms } ],   newest first
+//!   reloads: [ { time, trigger, outcome, changes: [], pending: [], errors: [], warnings: [], duration_ms } ],   newest first
 //!   reloads_refused_since: null | time,   of the first refused one since one was not
 //!   reload_ms: { last_minute: PERCENTILES, since_start: PERCENTILES },
 //!   log: { level, by, since },
+//!   pending: [],   what of the file applies at the next start only
 //!   warnings: [], log_lines_dropped: N, snapshot: N,
 //!   problems: [ { severity: "bad" | "warn", kind, pool, upstream, what, since, advice } ] }   the worst first; see `problems`
 //!
@@ -131,6 +132,7 @@ impl State {
             "reloads_refused_since": self.refused_since,
             "reload_ms": self.history.reload_latency(),
             "warnings": self.warnings,
+            "pending": self.pending,
             "log": { "level": self.log_level.level, "by": self.log_level.by, "since": time(self.log_level.since) },
             "log_lines_dropped": self.log.dropped(),
         });
@@ -246,9 +248,9 @@ impl State {
         sums
     }
 
-    /// The file in force as written, and where it is.
+    /// The file in force as written, where it is, and what of it is not in force yet.
     pub fn config_in_force(&self) -> Value {
-        json!({ "file": self.path.display().to_string(), "toml": self.text })
+        json!({ "file": self.path.display().to_string(), "toml": self.text, "pending": self.pending })
     }
 }
 

@@ -183,3 +183,26 @@ fn refused_reloads_are_a_problem_since_the_first_of_them() {
     assert!(first["what"] != second["what"] && first["since"].is_string(), "{first} {second}");
     assert_eq!(first["since"], second["since"]);
 }
+
+#[test]
+fn what_applies_at_the_next_start_is_said_until_then() {
+    let file = |runtime: &str| format!("{}[runtime]\n{runtime}", config("\"127.0.0.1:9\"", ""));
+    let mut lb = preface(&file("workers = 1\n"));
+    let line = "runtime: workers 1 -> 2 (applies at the next start)";
+    lb.rewrite_config(&file("workers = 2\n"));
+    for _ in 0..2 {
+        let report: Value = lb.reload().json();
+        assert_eq!(report["outcome"], "unchanged", "{report}");
+        assert_eq!(report["pending"], json!([line]), "{report}");
+    }
+    let shown: Value = lb.ask("GET", "/config").json();
+    assert_eq!(shown["pending"], json!([line]));
+    assert_eq!(problems(&lb, "configuration")[0]["what"], format!("not in force: {line}"));
+    lb.rewrite_config(&file("workers = 2\nstop_timeout = \"7s\"\n"));
+    let report: Value = lb.reload().json();
+    assert_eq!((&report["outcome"], &report["pending"]), (&json!("applied"), &json!([line])), "{report}");
+    lb.rewrite_config(&file("workers = 1\nstop_timeout = \"7s\"\n"));
+    let report: Value = lb.reload().json();
+    assert_eq!((&report["outcome"], &report["pending"]), (&json!("unchanged"), &json!([])), "{report}");
+    assert_eq!(problems(&lb, "configuration").len(), 0);
+}
