@@ -2,7 +2,7 @@
 //!
 //! `keys` lists every table and key with its default, `file` reads the TOML as written by that list, `validate` and the
 //! file of each table turn it into a `Config` or into all of its errors, `diff` says what changed between two, `error`
-//! renders for people, `words` names values as the file does, `level` knows the log's levels. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
+//! renders for people, `words` names values as the file does, `level` knows the log's levels, `load` reads the file. Only `parse` makes a `Config`; defaults are applied there and nowhere else.
 
 mod address;
 pub mod diff;
@@ -13,6 +13,7 @@ pub mod hints;
 pub mod keys;
 pub mod level;
 mod listener;
+pub mod load;
 pub mod names;
 mod pool;
 pub mod schema;
@@ -21,8 +22,6 @@ mod validate;
 mod words;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,6 +32,7 @@ use ipnet::IpNet;
 pub use self::diff::{diff, reuse};
 pub use self::error::{Diagnostics, Errors, LoadError, Style};
 use self::hints::Surroundings;
+pub use self::load::load;
 use self::names::{Name, Records};
 use crate::address::Address;
 pub use crate::proxy_protocol::Version;
@@ -509,9 +509,6 @@ pub struct Parsed {
     pub warnings: Diagnostics,
 }
 
-/// Longest configuration file that is read.
-pub const FILE_BYTES_MAX: u64 = 4 << 20;
-
 /// A `Config` out of the text of a file, or every error that it has. `file_name` is shown in messages only.
 pub fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
     parse_in(file_name, text, &Surroundings::default())
@@ -520,35 +517,6 @@ pub fn parse(file_name: &str, text: &str) -> Result<Parsed, Errors> {
 /// The same, with warnings about what is probably not meant in these surroundings.
 pub fn parse_in(file_name: &str, text: &str, around: &Surroundings) -> Result<Parsed, Errors> {
     validate::parse(file_name, text, around)
-}
-
-/// Reads a file and parses it.
-pub fn load(path: &Path, around: &Surroundings) -> Result<Parsed, LoadError> {
-    let failed = |reason: String, next| LoadError::Read { path: path.to_owned(), reason, next };
-    let read = File::open(path).and_then(|file| {
-        let mut bytes = Vec::new();
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map(|_| bytes)
-    });
-    let bytes = read.map_err(|error| match error.kind() {
-        ErrorKind::NotFound => failed(
-            "no such file".to_owned(),
-            "name another one with --config FILE, or try `preface demo`, which needs none",
-        ),
-        ErrorKind::PermissionDenied => {
-            failed("permission denied".to_owned(), "let the user that runs preface read it and its directory")
-        }
-        ErrorKind::IsADirectory => failed("is a directory".to_owned(), "name the file in it"),
-        _ => failed(error.to_string(), "see whether it can be read with `cat`"),
-    })?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed("longer than 4 MiB".to_owned(), "name a configuration file"));
-    }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
-        failed(format!("not UTF-8 text (line {line})"), "TOML is UTF-8: save it so, or name another file")
-    })?;
-    Ok(parse_in(&path.display().to_string(), text.strip_prefix('\u{feff}').unwrap_or(&text), around)?)
 }
 
 /// `admin.bind` alone, of a file that may be broken in every other respect; `None`: not written, or not readable.

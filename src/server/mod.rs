@@ -32,6 +32,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use crate::admin::{self, announce};
 use crate::config::error::Style;
+use crate::config::load;
 use crate::config::{Config, Protocol};
 use crate::control::probes::Probes;
 use crate::control::{self, Command, ReloadTrigger};
@@ -66,9 +67,7 @@ pub fn run(path: PathBuf, program: Option<Program>) -> anyhow::Result<()> {
     if let Some(predecessor) = &mut predecessor {
         inherited = predecessor.take_inherited();
     }
-    let content = watch::read(&path).with_context(|| {
-        format!("cannot read {}; name the file with --config, or see `preface demo`", path.display())
-    })?;
+    let content = watch::read(&path).map_err(|error| load::unreadable(&path, &error))?;
     let (parsed, text) = reload::parse(&path, &content).map_err(|errors| anyhow!("{}", errors.join("\n\n")))?;
     let log = log::init(parsed.config.log.format, &parsed.config.log.level)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
@@ -477,7 +476,7 @@ async fn file_changed(state: &mut State, change: Change, watch: &mut Watch) {
         Ok(content) if !is_asked && reload::parse(&state.path, &content).is_err() && watch.retry() => return,
         Ok(content) => Ok(content),
         Err(_) if !last_try && watch.retry() => return,
-        Err(error) => Err(format!("error: {}: {error}", state.path.display())),
+        Err(error) => Err(format!("error: {}", load::unreadable(&state.path, &error))),
     };
     for Asked { trigger, reply } in asked {
         state.reload_when_resolved(trigger, content.clone(), reply).await;

@@ -12,6 +12,7 @@ use tokio::time::timeout_at;
 use crate::address::Address;
 use crate::admin::guard::Access;
 use crate::config::error::Style;
+use crate::config::load;
 use crate::config::names::{self, Name};
 use crate::config::{self, Config, Parsed, Protocol, diff};
 use crate::control::{ReloadOutcome, ReloadReport, ReloadTrigger};
@@ -28,12 +29,9 @@ use crate::worker::Message;
 /// Reads a configuration out of the bytes of its file.
 pub fn parse(path: &Path, content: &[u8]) -> Result<(Parsed, String), Vec<String>> {
     let name = path.display().to_string();
-    let text = std::str::from_utf8(content).map_err(|error| {
-        vec![format!("error: {name}: not UTF-8 after byte {}; save the file as UTF-8", error.valid_up_to())]
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    match config::parse_in(&name, text, &surroundings::here()) {
-        Ok(parsed) => Ok((parsed, text.to_owned())),
+    let text = load::text(path, content.to_owned()).map_err(|error| error.render(Style::Plain))?;
+    match config::parse_in(&name, &text, &surroundings::here()) {
+        Ok(parsed) => Ok((parsed, text)),
         Err(errors) => Err(errors.render(Style::Plain)),
     }
 }

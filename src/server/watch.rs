@@ -7,9 +7,9 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::hash::{DefaultHasher, Hasher};
-use std::io::{self, Read};
+use std::io;
 use std::mem::take;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
@@ -21,10 +21,8 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 
+use crate::config::load;
 use crate::control::{ReloadReport, ReloadTrigger};
-
-/// The largest configuration file that is read.
-pub const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Symbolic links followed on the way to the file: the kernel's own limit.
 const SYMLINKS_MAX: usize = 40;
@@ -45,15 +43,11 @@ impl ContentHash {
 /// Reads the file as the watch does, before there is one.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     // Asked before opening: to open a pipe would wait for its writer.
-    if !fs::metadata(path)?.is_file() {
+    let kind = fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_dir() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
-    let mut content = Vec::new();
-    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > FILE_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {FILE_BYTES_MAX} bytes")));
-    }
-    Ok(content)
+    load::read(path)
 }
 
 /// The file is not what was delivered last.
@@ -560,6 +554,7 @@ mod configmap;
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::process::Command;
 
     use super::configmap::{configmap_swap, configmap_swap_keys};
@@ -1029,7 +1024,7 @@ mod tests {
         let (directory, path) = plain();
         let mut watch = start(&path, EVENTS);
         let larger = File::create(directory.path().join("larger")).unwrap();
-        larger.set_len(FILE_BYTES_MAX + 1).unwrap();
+        larger.set_len(load::FILE_BYTES_MAX + 1).unwrap();
         shell(directory.path(), "mv larger preface.toml");
         let change = next(&mut watch).await;
         assert_eq!(change.content.unwrap_err().kind(), io::ErrorKind::FileTooLarge);

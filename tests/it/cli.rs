@@ -68,6 +68,32 @@ fn wrong_usage_exits_with_2_and_failure_with_1() {
 }
 
 #[test]
+fn check_and_run_say_the_same_of_a_file_that_cannot_be_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    let mut larger = b"lisseners = 1 #".to_vec();
+    larger.resize(5 << 20, b'#');
+    let large = file("large", &larger);
+    larger.resize((16 << 20) + 1, b'#');
+    for (path, what) in [
+        (directory.path().join("missing"), "no such file; is its path right?"),
+        (directory.path().to_owned(), "is a directory; name the file in it"),
+        (file("binary", b"a = 1\n\xff"), "not UTF-8 text (line 2); TOML is UTF-8"),
+        (large, "lisseners"),
+        (file("larger", &larger), "larger than 16 MiB; name a configuration file"),
+    ] {
+        for arguments in [&["check"][..], &["run", "--config"]] {
+            let (code, _, said) = outcome(preface(directory.path()).args(arguments).arg(&path));
+            assert!(code == Some(1) && said.contains(what), "{arguments:?}: {said}");
+        }
+    }
+}
+
+#[test]
 fn a_file_that_was_just_broken_fails_the_reload_and_never_the_health_check() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("preface.toml");

@@ -69,7 +69,7 @@ fn a_missing_file_and_a_directory_are_said_with_what_to_do_next() {
     let said = |path: &str| {
         config::load(Path::new(path), &Surroundings::default()).map(|_| ()).expect_err("nothing to load").to_string()
     };
-    insta::assert_snapshot!(said("tests/broken/there-is-no-such-file.toml"), @"tests/broken/there-is-no-such-file.toml: no such file; name another one with --config FILE, or try `preface demo`, which needs none");
+    insta::assert_snapshot!(said("tests/broken/there-is-no-such-file.toml"), @"tests/broken/there-is-no-such-file.toml: no such file; is its path right? `preface demo` needs no file");
     insta::assert_snapshot!(said("tests"), @"tests: is a directory; name the file in it");
 }
 
