@@ -52,6 +52,13 @@ pub(super) fn any(tlvs: &Tlvs) -> bool {
     !values(tlvs).is_empty()
 }
 
+impl Tlvs {
+    /// Do they put anything into a header of v2?
+    pub fn are_sent(&self) -> bool {
+        any(self)
+    }
+}
+
 fn bounded(section: &Section<'_>, text: &Text<'_>, what: &str, bytes_max: usize) -> Option<String> {
     if (1..=bytes_max).contains(&text.value.len()) {
         return Some(text.value.to_owned());

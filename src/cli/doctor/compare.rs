@@ -10,7 +10,8 @@ use super::judge::{Diagnosis, Expectation};
 use super::tries::Question;
 use crate::address::Address;
 use crate::config::{
-    Bind, Config, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, Upstream, UpstreamAddress,
+    Bind, Config, HeaderFormat, HealthCheck, Listener, Pool, Probe, Protocol, Tlvs, UdpHeader, Upstream,
+    UpstreamAddress,
 };
 
 /// Who meets the upstream at this address.
@@ -150,8 +151,9 @@ fn of_upstream(pool: &Pool, upstream: &Upstream, index: usize, listeners: &[&Lis
     let new = |address: Address, role, protocol, check: Option<&HealthCheck>| {
         let (is_datagram, port) = (protocol == Protocol::Udp, address.port());
         let (question, guessed) = if is_datagram { question_of_datagrams(check, port) } else { question(check, port) };
-        let configured =
-            Configured { version: upstream.proxy_protocol, tlvs: tlvs != Tlvs::default(), check: check.cloned() };
+        // No other header has any, and `crc32c = false` asks for none.
+        let has_tlvs = upstream.proxy_protocol == Some(HeaderFormat::V2) && tlvs.are_sent();
+        let configured = Configured { version: upstream.proxy_protocol, tlvs: has_tlvs, check: check.cloned() };
         let header_alone = is_datagram && pool.udp_header == UdpHeader::FirstAlone;
         let (source, tlvs, pool) = (source(pool, &upstream.address), tlvs.clone(), pool.name.clone());
         Target { pool, index, address, role, is_datagram, header_alone, source, question, guessed, tlvs, configured }

@@ -286,6 +286,21 @@ fn checks_are_compared_too() {
 }
 
 #[test]
+fn tlvs_are_told_where_they_are_sent() {
+    let described = |more: &str| {
+        let text = format!(
+            "[listeners.web]\nbind = \":80\"\npool = \"p\"\n[pools.p]\nupstreams = [\"192.0.2.1\", {{ address = \"192.0.2.2\", \
+             proxy_protocol = \"off\" }}]\nproxy_protocol = {more}"
+        );
+        let targets = targets(&config::parse("p.toml", &text).unwrap().config);
+        targets.iter().map(|target| target.configured.describe()).collect::<Vec<_>>()
+    };
+    assert_eq!(described("\"v2\"\ntlvs = { crc32c = true }"), ["v2 + TLVs", "off"]);
+    assert_eq!(described("\"v2\"\ntlvs = { crc32c = false }"), ["v2", "off"]);
+    assert_eq!(described("\"off\"\ntlvs = { crc32c = false, unique_id = false }"), ["off", "off"]);
+}
+
+#[test]
 fn arguments_are_read() {
     assert_eq!(unescape(r"PING\r\n\x00\\\t").unwrap().0, b"PING\r\n\0\\\t");
     for wrong in [r"\q", r"\", r"\x", r"\xg0"] {
