@@ -1,6 +1,6 @@
 //! PURE. Addresses and networks as operators write them, and what to say where they are wrong.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -51,7 +51,7 @@ pub(super) fn bind(text: &Text<'_>) -> Result<Bind, Box<Diagnostic>> {
 /// `admin.bind`
 pub(super) fn admin_bind(text: &Text<'_>) -> Result<AdminBind, Box<Diagnostic>> {
     let Some(path) = text.value.strip_prefix("unix:") else {
-        let address = socket_address(text, "bind", "such as \"127.0.0.1:9900\", or \"unix:/path\"")?;
+        let address = socket_address(text, "admin.bind", "such as \"127.0.0.1:9900\", or \"unix:/path\"")?;
         return Ok(AdminBind::Tcp(address));
     };
     Ok(AdminBind::Unix(unix_path(text, path, "unix:/run/preface/admin.sock")?.to_owned()))
@@ -82,7 +82,7 @@ fn inherited(text: &Text<'_>, name: &str) -> Result<Bind, Box<Diagnostic>> {
 
 /// Where probes are served.
 pub(super) fn probe_bind(text: &Text<'_>) -> Result<SocketAddr, Box<Diagnostic>> {
-    socket_address(text, "probe_bind", "such as \"0.0.0.0:9901\"")
+    socket_address(text, "admin.probe_bind", "such as \"0.0.0.0:9901\"")
 }
 
 /// The address of an upstream.
@@ -107,14 +107,22 @@ pub(super) fn upstream(text: &Text<'_>) -> Result<UpstreamAddress, Box<Diagnosti
         }
     };
     let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    let problem = match ip {
-        _ if port == Some(0) => "has port 0",
-        _ if ip.is_unspecified() => "is no address that can be connected to",
-        _ if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) => "is a multicast or broadcast address",
+    let (problem, help) = match ip {
+        _ if port == Some(0) => {
+            ("has port 0", "write the port that it listens on; without one it is the listener's".to_owned())
+        }
+        _ if ip.is_unspecified() => {
+            let here: IpAddr = if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+            let here = port.map_or_else(|| here.to_string(), |port| SocketAddr::new(here, port).to_string());
+            ("is no address that can be connected to", format!("for a server on this machine write {here:?}"))
+        }
+        _ if ip.is_multicast() || ip == IpAddr::from([255, 255, 255, 255]) => {
+            ("is a multicast or broadcast address", "list the addresses of the servers, one by one".to_owned())
+        }
         _ if link_local => return Err(Box::new(not_supported(&text.span, &format!("link-local address {value:?}")))),
         _ => return Ok(UpstreamAddress::Ip(ip, port)),
     };
-    Err(Box::new(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}"))))
+    Err(Box::new(Diagnostic::error(&text.span, format!("upstream {value:?} {problem}")).help(help)))
 }
 
 /// A network in CIDR form, or one address.
@@ -178,12 +186,24 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
     let is_ip = bare.parse::<IpAddr>().is_ok();
+    // Only a listener's bind may leave the address out.
+    let of_port = |port: &str| match key {
+        "bind" => format!("\":{port}\" for port {port}"),
+        _ => format!("the address, too: \"127.0.0.1:{port}\" for port {port} of this machine"),
+    };
     Err(Box::new(match () {
+        _ if value.contains(TYPOGRAPHIC_QUOTES) => error(format!("{value:?} has typographic quotes in it"))
+            .if_whole()
+            .help(format!("write \"{}\"", value.replace(TYPOGRAPHIC_QUOTES, ""))),
         _ if value.contains("://") => {
             error(format!("{value:?} is a URL")).help(format!("{key} takes an IP address and a port, {examples}"))
         }
         _ if value.parse::<IpAddr>().is_ok() => {
             error(format!("{value:?} has no port")).help(match value.contains(':') {
+                true if port_at_end(value).is_some() => {
+                    let (ip, port) = port_at_end(value).expect("it was asked");
+                    format!("write \"[{ip}]:{port}\" (an IPv6 address needs the brackets)")
+                }
                 true => format!("write \"[{value}]:80\" (an IPv6 address needs the brackets)"),
                 false => format!("write \"{value}:80\""),
             })
@@ -191,12 +211,19 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
         _ if (is_ip || host.is_empty()) && digits(after) && port(after).is_none() => {
             error(format!("port {after} is out of range")).label("a port is a number from 1 to 65535")
         }
-        _ if is_ip && after.is_empty() => error(format!("{value:?} has no port")),
+        _ if is_ip && after.is_empty() => error(format!("{value:?} has no port")).help(match key {
+            "address" => format!("write \"{host}:80\"; \"{bare}\" alone takes the listener's port"),
+            _ => format!("write \"{host}:80\""),
+        }),
         _ if digits(value) && port(value).is_some() => {
-            error(format!("{value:?} is not an address")).help(format!("write \":{value}\" for port {value}"))
+            error(format!("{value:?} is not an address")).help(format!("write {}", of_port(value)))
         }
-        _ if host == "*" && digits(after) => {
-            error(format!("{value:?} is not an address")).help(format!("for every address write \":{after}\""))
+        _ if host.is_empty() && key != "bind" && port(after).is_some() => {
+            error(format!("{value:?} is not an address")).help(format!("write {}", of_port(after)))
+        }
+        _ if host == "*" && digits(after) && key != "address" => {
+            let every = if key == "bind" { "" } else { "0.0.0.0" };
+            error(format!("{value:?} is not an address")).help(format!("for every address write \"{every}:{after}\""))
         }
         _ if is_name(host) => {
             error(format!("{value:?} is a name")).help(format!("{key} takes an IP address, {examples}"))
@@ -204,6 +231,18 @@ fn socket_address(text: &Text<'_>, key: &str, examples: &str) -> Result<SocketAd
         _ => error(format!("{value:?} is not an address"))
             .help(format!("{key} takes an IP address and a port, {examples}")),
     }))
+}
+
+/// What word processors make of a quote.
+pub(super) const TYPOGRAPHIC_QUOTES: &[char] =
+    &['\u{201c}', '\u{201d}', '\u{201e}', '\u{2018}', '\u{2019}', '\u{ab}', '\u{bb}'];
+
+/// Of an IPv6 address without brackets whose last group reads like a port: what is before it, and the port.
+pub(super) fn port_at_end(value: &str) -> Option<(Ipv6Addr, u16)> {
+    let (ip, last) = value.rsplit_once(':')?;
+    // A group of one digit is hardly a port, and often the number of a machine.
+    let number = port(last).filter(|number| *number > 9 && !last.starts_with('0'));
+    Some((ip.parse().ok()?, number?))
 }
 
 /// A port without sign or spaces; 0 is one.

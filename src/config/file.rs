@@ -177,7 +177,11 @@ impl<'a> Section<'a> {
                 }
                 Err(error) => {
                     let message = format!("{name:?} must be {expected}");
-                    self.note(Diagnostic::error(&value.span(), message).label(duration_problem(&error)));
+                    let diagnostic = Diagnostic::error(&value.span(), message);
+                    self.note(match text.strip_prefix('-') {
+                        Some(positive) => diagnostic.label("negative").help(format!("write {positive:?}")),
+                        None => diagnostic.label(duration_problem(&error)),
+                    });
                     None
                 }
             },
@@ -404,9 +408,20 @@ impl<'a> Section<'a> {
             DeValue::Array(_) => "a list",
             DeValue::Table(_) => "a table",
         };
-        self.note(
-            Diagnostic::error(&value.span(), format!("{name:?} must be {expected}")).label(format!("this is {is}")),
-        );
+        let diagnostic = Diagnostic::error(&value.span(), format!("{name:?} must be {expected}"));
+        let diagnostic = diagnostic.label(format!("this is {is}"));
+        self.note(match (value.get_ref(), self.table.key(name).map(|key| &key.kind)) {
+            (DeValue::String(text), Some(Kind::ListOrTexts(_))) => {
+                diagnostic.help(format!("write a list: {name} = [{text:?}]"))
+            }
+            (DeValue::Integer(number), _) if name == "expect_status" => {
+                diagnostic.help(format!("write it in quotes: {name} = \"{}\"", number.as_str()))
+            }
+            (DeValue::Boolean(true), Some(Kind::Word { now, .. })) if now.contains(&"v2") => {
+                diagnostic.help("write \"v2\", or \"v1\" where the upstream knows no other")
+            }
+            _ => diagnostic,
+        });
         None
     }
 
@@ -487,7 +502,12 @@ pub(super) fn not_supported(span: &Span, what: &str) -> Diagnostic {
 
 fn unknown_word(span: &Span, name: &str, word: &str, known: &[&str]) -> Diagnostic {
     let diagnostic = Diagnostic::error(span, format!("{name:?} must be {}", one_of(known)));
-    match nearest(word, known) {
+    // As other programs shorten it: "leastconn".
+    let simple = |word: &str| word.to_lowercase().replace(['-', '_', ' '], "");
+    let is_longer = |known: &&&str| word.len() > 2 && simple(known).starts_with(&simple(word));
+    let longer: Vec<&str> = known.iter().filter(is_longer).copied().collect();
+    let only = if let [only] = longer[..] { Some(only) } else { None };
+    match nearest(word, known).or(only) {
         Some(near) => diagnostic.label("unknown").help(format!("did you mean {near:?}?")),
         None => diagnostic.label("unknown"),
     }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::{IpNet, Ipv4Net};
 
 use super::UpstreamAddress;
+use super::address::port_at_end;
 use super::error::Diagnostic;
 use super::file::Text;
 use super::names::{Name, Records};
@@ -50,8 +51,18 @@ pub const CLUSTER_IP: &str = "the cluster's proxy would choose the pod, and bala
 pub(super) fn upstream(text: &Text<'_>, address: &UpstreamAddress, around: &Surroundings) -> Option<Diagnostic> {
     match address {
         UpstreamAddress::Name(name, _) => searched(text, name, around),
+        UpstreamAddress::Ip(IpAddr::V6(_), None) if port_at_end(text.value).is_some() => reads_like_a_port(text),
         address => cluster_ip(text, address.ip()?, around),
     }
+}
+
+/// It is a whole address, and was probably meant to be one and a port.
+fn reads_like_a_port(text: &Text<'_>) -> Option<Diagnostic> {
+    let (value, (ip, port)) = (text.value, port_at_end(text.value)?);
+    let message = format!("the last group of {value:?} reads like a port");
+    Some(Diagnostic::warning(&text.span, message).label("an address without a port").help(format!(
+        "write \"[{ip}]:{port}\" if it is one; if it is part of the address, write \"[{value}]\", which takes the listener's port"
+    )))
 }
 
 /// Each look-up of such a name asks for others first.
@@ -135,6 +146,23 @@ mod tests {
         assert_eq!(said("\"web\", \"web.prod:80\"", &on_a_host(false)), "");
         let for_a_pod = said("\"web.prod.svc.cluster.local:80\"", &on_a_host(true));
         assert!(for_a_pod.contains("write \"web.prod.svc.cluster.local.\" (before the port)"), "{for_a_pod}");
+    }
+
+    #[test]
+    fn an_ipv6_address_that_ends_like_a_port_is_said() {
+        let said = |upstream: &str| said(upstream, &Surroundings::default());
+        let warning = said("\"2001:db8::1:8080\"");
+        assert!(warning.contains("write \"[2001:db8::1]:8080\" if it is one"), "{warning}");
+        for clear in [
+            "[2001:db8::1:8080]",
+            "2001:db8::1",
+            "2001:db8::30",
+            "2001:db8::1:2",
+            "2001:db8::1:beef",
+            "[2001:db8::1]:8080",
+        ] {
+            assert_eq!(said(&format!("{clear:?}")), "", "{clear}");
+        }
     }
 
     #[test]

@@ -37,7 +37,8 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
 
     let (mut binds, mut texts) = (Vec::new(), Vec::new());
     if let Some(span) = section.empty_list("bind") {
-        section.note(Diagnostic::error(&span, format!("{what} has no address")).label("empty"));
+        let diagnostic = Diagnostic::error(&span, format!("{what} has no address")).label("empty");
+        section.note(diagnostic.help("write the port: bind = \":80\", or an address and a port"));
     }
     for text in section.texts("bind") {
         match address::bind(&text) {

@@ -71,7 +71,12 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> Diagnostic {
     let end = text.trim_end().len();
     let span = if span.start >= end { end.saturating_sub(1)..end } else { span };
     let diagnostic = Diagnostic::error(&span, message);
+    let line = text[..span.start].rfind('\n').map_or(0, |end| end + 1);
+    let line = text[line..].lines().next().unwrap_or_default();
     match error.message().contains("must be quoted") && !at.is_empty() {
+        _ if line.contains(address::TYPOGRAPHIC_QUOTES) => {
+            diagnostic.help("these are typographic quotes: write \" instead, on both sides")
+        }
         true => diagnostic.help(format!("write {at:?}")),
         false => diagnostic,
     }
