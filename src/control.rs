@@ -127,6 +127,8 @@ pub enum Command {
     Connections(Filter, oneshot::Sender<(Vec<view::Connection>, usize)>),
     /// The last connections with the headers that their upstreams got, the newest first.
     Tap(Filter, oneshot::Sender<Vec<Tapped>>),
+    /// Names of a listener and of a pool: is there one?
+    Knows((Option<String>, Option<String>), oneshot::Sender<Result<(), String>>),
     /// Send each connection that reaches an upstream from now on.
     Follow(Filter, mpsc::Sender<Tapped>),
     /// Reset the connection of this id, by order of ...; was it there?
@@ -250,6 +252,11 @@ impl Handle {
     /// The last connections with the headers that their upstreams got, the newest first.
     pub async fn tap(&self, filter: Filter) -> Result<Vec<Tapped>, Stopped> {
         self.ask(|reply| Command::Tap(filter, reply)).await
+    }
+
+    /// Are these a listener and a pool? An error names those that there are.
+    pub async fn knows(&self, names: (Option<String>, Option<String>)) -> Result<Result<(), String>, Stopped> {
+        self.ask(|reply| Command::Knows(names, reply)).await
     }
 
     /// Receive each connection that reaches an upstream from now on.

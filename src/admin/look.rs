@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::guard::Refusal;
-use super::{Server, answer, by, pretty};
+use super::{InPath, Server, answer, by, not_utf8, pretty};
 use crate::control::view::{Filter, Tapped};
 use crate::proxy_protocol::{self, Decoded, explain, spp};
 
@@ -58,20 +58,29 @@ fn filter(query: Queried<LookQuery>) -> Result<(Filter, bool), Refusal> {
     Ok((filter, query.follow.is_some_and(|follow| follow != "0")))
 }
 
+/// A misspelt name would look like one without a connection.
+async fn known(server: &Server, filter: (Filter, bool)) -> Result<(Filter, bool), Refusal> {
+    let asked = (filter.0.listener.clone(), filter.0.pool.clone());
+    let unknown = |error| Refusal::new(StatusCode::NOT_FOUND, error);
+    answer(server.state.control.knows(asked)).await?.map_err(unknown)?;
+    Ok(filter)
+}
+
 pub(super) async fn connections(
     Shared(server): Shared<Server>,
     query: Queried<LookQuery>,
 ) -> Result<Response, Refusal> {
-    let (filter, _) = filter(query)?;
+    let (filter, _) = known(&server, filter(query)?).await?;
     let (connections, open) = answer(server.state.control.connections(filter)).await?;
     Ok(pretty(StatusCode::OK, &json!({ "open": open, "connections": connections })))
 }
 
 pub(super) async fn end_connection(
     Shared(server): Shared<Server>,
-    Path(id): Path<String>,
+    path: InPath<String>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
+    let Path(id) = path.map_err(not_utf8)?;
     if answer(server.state.control.end_connection(id.clone(), by(&headers).to_owned())).await? {
         return Ok(pretty(StatusCode::OK, &json!({ "id": id, "ended": true })));
     }
@@ -83,7 +92,7 @@ pub(super) async fn tap(
     query: Queried<LookQuery>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let (filter, follow) = filter(query)?;
+    let (filter, follow) = known(&server, filter(query)?).await?;
     if !follow {
         let tapped = answer(server.state.control.tap(filter)).await?;
         let connections: Vec<Value> = tapped.iter().map(value).collect();

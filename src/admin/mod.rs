@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use axum::Router;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, Request, State as Shared};
 use axum::handler::Handler;
 use axum::http::{HeaderMap, Method, StatusCode, header};
@@ -81,8 +81,8 @@ GET  /readyz     200 while configured, listening and not stopping
 GET  /metrics    Prometheus
 GET  /status     listeners, pools, upstreams, the last reload (JSON)
 GET  /history    rates and latencies of the last ten minutes (JSON)
-GET  /connections?listener=&pool=&client=CIDR    open connections (JSON)
-GET  /tap?listener=&pool=&client=CIDR&limit=     the last connections with the header that was sent; &follow=1: new ones
+GET  /connections?listener=&pool=&client=CIDR&id=&limit=    open connections (JSON)
+GET  /tap?listener=&pool=&client=CIDR&id=&limit=            the last ones with the header that was sent; &follow=1: new ones
 GET  /events     the status once a second (Server-Sent Events)
 GET  /config     the configuration in force (JSON)
 POST /reload     load the configuration file again
@@ -362,21 +362,30 @@ struct OrderQuery {
 
 type Queried = Result<Query<OrderQuery>, QueryRejection>;
 
+/// Parts of the path, or why there are none.
+type InPath<T> = Result<Path<T>, PathRejection>;
+
+fn not_utf8(_: PathRejection) -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "the path is not UTF-8 where it is percent-encoded")
+}
+
 async fn order_pool(
     Shared(server): Shared<Server>,
-    Path((pool, order)): Path<(String, String)>,
+    path: InPath<(String, String)>,
     query: Queried,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
+    let Path((pool, order)) = path.map_err(not_utf8)?;
     set_admin(&server, pool, None, &order, query, &headers).await
 }
 
 async fn order_upstream(
     Shared(server): Shared<Server>,
-    Path((pool, address, order)): Path<(String, String, String)>,
+    path: InPath<(String, String, String)>,
     query: Queried,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
+    let Path((pool, address, order)) = path.map_err(not_utf8)?;
     set_admin(&server, pool, Some(address), &order, query, &headers).await
 }
 

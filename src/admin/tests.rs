@@ -114,6 +114,7 @@ fn played_control() -> Handle {
                     let _ = reply.send(if level == "loud" { Err("not understood".to_owned()) } else { Ok(()) });
                 }
                 Command::Follow(..) => {}
+                Command::Knows(_, reply) => drop(reply.send(Ok(()))),
                 Command::Observed(_) | Command::LookedUp(_) | Command::ConnectsFailed(_) => {}
             }
         }
@@ -213,6 +214,8 @@ async fn orders_reach_the_control_thread() {
         "/pools/ingress/upstreams/10.0.0.99:80/drain",
         "/pools/other/enable",
         "/pools/ingress/explode",
+        "/pools/%ff%fe/drain",
+        "/pools/ingress/upstreams/%ff/drain",
         "/pools/ingress/drain?timeout=soon",
         "/pools/ingress/drain?time=30s",
         "/pools/ingress/disable?timeout=30s",
@@ -234,6 +237,10 @@ async fn orders_reach_the_control_thread() {
       404 {"error":"no pool named \"other\"; pools: ingress"}
     /pools/ingress/explode
       404 {"error":"no order \"explode\"; orders: drain, disable, enable"}
+    /pools/%ff%fe/drain
+      400 {"error":"the path is not UTF-8 where it is percent-encoded"}
+    /pools/ingress/upstreams/%ff/drain
+      400 {"error":"the path is not UTF-8 where it is percent-encoded"}
     /pools/ingress/drain?timeout=soon
       400 {"error":"\"soon\" is not a time (expected number at 0); write 30s or 1h30m"}
     /pools/ingress/drain?time=30s

@@ -1,5 +1,6 @@
 //! Questions that the workers answer: open connections, the last ones with their headers; and the end of a single one.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
@@ -48,6 +49,16 @@ impl State {
         all
     }
 
+    /// Are these a listener and a pool of the file, or ones that left it and are still in use?
+    pub fn knows(&self, (listener, pool): (Option<String>, Option<String>)) -> Result<(), String> {
+        let (config, inputs) = (&self.config, &self.inputs);
+        let listeners = config.listeners.keys().chain(inputs.listener_lives.keys()).map(String::as_str).collect();
+        let leaving = inputs.leaving.keys().map(|key| key.pool.as_str());
+        let pools = config.pools.keys().map(String::as_str).chain(leaving).collect();
+        is_among("listener", listener.as_deref(), &listeners)?;
+        is_among("pool", pool.as_deref(), &pools)
+    }
+
     /// Sends each connection that reaches an upstream from now on, as long as somebody receives.
     pub async fn follow(&self, filter: Filter, sender: mpsc::Sender<Tapped>) {
         for worker in &self.workers {
@@ -63,5 +74,15 @@ impl State {
             tracing::info!(event = "admin", id = &*id, order = "end", by);
         }
         found
+    }
+}
+
+fn is_among(what: &str, wanted: Option<&str>, known: &BTreeSet<&str>) -> Result<(), String> {
+    match wanted {
+        Some(name) if !known.contains(name) => {
+            let known: Vec<&str> = known.iter().copied().collect();
+            Err(format!("no {what} named {name:?}; {what}s: {}", known.join(", ")))
+        }
+        _ => Ok(()),
     }
 }

@@ -435,6 +435,7 @@ async fn carry_out(state: &mut State, command: Command, watch: &mut Watch) {
         }
         Command::Connections(filter, reply) => drop(reply.send(state.connections(filter).await)),
         Command::Tap(filter, reply) => drop(reply.send(state.tapped(filter).await)),
+        Command::Knows(names, reply) => drop(reply.send(state.knows(names))),
         Command::Follow(filter, sender) => state.follow(filter, sender).await,
         Command::EndConnection(id, by, reply) => drop(reply.send(state.end_connection(&id, &by).await)),
         Command::SetLogLevel(level, by, reply) => drop(reply.send(state.set_log_level(&level, &by))),
