@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::hint::black_box;
 use std::io::{self, Read};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use axum::Json;
@@ -25,8 +25,6 @@ const TOKEN_BYTES_MAX: u64 = 4096;
 pub struct Access {
     /// Holds the bearer token; read at each request, so that a rotated secret counts at once.
     pub token_file: Option<PathBuf>,
-    /// Names, beside IP addresses and `localhost`, under which the admin API is called.
-    pub host_names: Vec<String>,
 }
 
 /// Why a call was refused.
@@ -56,18 +54,16 @@ impl IntoResponse for Refusal {
 /// in files and `ss` too, and scripts stay simple. From the network only with the token, because it maps the inside.
 pub(super) async fn check_read(access: &Access, reach: Reach, headers: &HeaderMap) -> Result<(), Refusal> {
     match reach {
-        Reach::Unix => Ok(()),
-        Reach::Loopback => check_host(access, headers).map(|_| ()),
+        Reach::Unix if !is_browser(headers) => Ok(()),
+        Reach::Unix | Reach::Loopback => check_host(headers).map(|_| ()),
         Reach::Network => check_token(access, reach, headers).await,
     }
 }
 
 /// May this caller change something?
 pub(super) async fn check_mutation(access: &Access, reach: Reach, headers: &HeaderMap) -> Result<(), Refusal> {
-    // What curl sends as Host to a UNIX socket is made up. A browser comes there too, by `ssh -L PORT:SOCKET`, and it
-    // sends an Origin with every POST.
-    if reach != Reach::Unix || headers.contains_key(header::ORIGIN) {
-        let host = check_host(access, headers)?;
+    if reach != Reach::Unix || is_browser(headers) {
+        let host = check_host(headers)?;
         check_origin(host, headers)?;
     }
     if headers.get("x-preface").is_none_or(|value| value != "1") {
@@ -79,7 +75,16 @@ pub(super) async fn check_mutation(access: &Access, reach: Reach, headers: &Head
     check_token(access, reach, headers).await
 }
 
-fn check_host<'a>(access: &Access, headers: &'a HeaderMap) -> Result<&'a str, Refusal> {
+/// What curl sends as Host to a UNIX socket is made up. A browser comes there too, by `ssh -L PORT:SOCKET`: it says who
+/// it is, and whose page asks.
+fn is_browser(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT);
+    headers.contains_key(header::ORIGIN)
+        || headers.contains_key("sec-fetch-site")
+        || agent.is_some_and(|agent| agent.as_bytes().starts_with(b"Mozilla/"))
+}
+
+fn check_host(headers: &HeaderMap) -> Result<&str, Refusal> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let (Some(host), None) = (hosts.next(), hosts.next()) else {
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "send exactly one Host header"));
@@ -89,13 +94,19 @@ fn check_host<'a>(access: &Access, headers: &'a HeaderMap) -> Result<&'a str, Re
         .parse()
         .map_err(|_| Refusal::new(StatusCode::BAD_REQUEST, "send a Host header of the form address:port"))?;
     let name = authority.host();
-    let is_address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
-    let is_known = ["localhost"].into_iter().chain(access.host_names.iter().map(String::as_str));
-    if !host.contains('@') && (is_address || is_known.into_iter().any(|known| known.eq_ignore_ascii_case(name))) {
+    let is_address = match name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
+        Some(name) => name.parse::<Ipv6Addr>().is_ok(),
+        None => name.parse::<IpAddr>().is_ok(),
+    };
+    // All of it: "[::1].evil" has a host and something behind it.
+    let is_whole = match host.strip_prefix(name) {
+        Some(port) => port.is_empty() || port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok()),
+        None => false,
+    };
+    if is_whole && (is_address || name.eq_ignore_ascii_case("localhost")) {
         return Ok(host);
     }
-    let error =
-        format!("the Host {host:?} is not an IP address, localhost or a configured name; call it by its address");
+    let error = format!("the Host {host:?} is neither an IP address nor localhost; call it by its address");
     Err(Refusal::new(StatusCode::FORBIDDEN, error))
 }
 

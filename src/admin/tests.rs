@@ -263,8 +263,8 @@ async fn refuses_what_a_web_page_or_a_stranger_could_send() {
         std::fs::write(&path, content).unwrap();
         path
     };
-    let with_token = |path: PathBuf| Access { token_file: Some(path), ..Access::default() };
-    let open = served("127.0.0.1:0", Access { token_file: None, host_names: vec!["lb.example".to_owned()] });
+    let with_token = |path: PathBuf| Access { token_file: Some(path) };
+    let open = served("127.0.0.1:0", Access::default());
     let token = served("127.0.0.1:0", with_token(file("token", "s3cret\n")));
     let empty = served("127.0.0.1:0", with_token(file("empty", "\n")));
     let missing = served("127.0.0.1:0", with_token("/nonexistent/token".into()));
@@ -328,6 +328,37 @@ async fn refuses_what_a_web_page_or_a_stranger_could_send() {
 }
 
 #[tokio::test]
+async fn a_host_is_an_address_as_a_whole() {
+    let admin = served("127.0.0.1:0", Access::default());
+    for (host, status) in [
+        ("[::1]", 200),
+        ("[::1]:9900", 200),
+        ("[::1].rebound.example", 403),
+        ("[::1]9900", 403),
+        ("[127.0.0.1]", 403),
+        ("127.0.0.1:99999", 403),
+    ] {
+        assert_eq!(admin.ask(&format!("GET /config HTTP/1.1\nHost: {host}")).await.0, status, "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_browser_on_a_forwarded_unix_socket_reads_under_an_address_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let unix = served(&format!("unix:{}/admin.sock", directory.path().display()), Access::default());
+    for (headers, status) in [
+        ("Host: whatever", 200),
+        ("Host: localhost:9900\nUser-Agent: Mozilla/5.0 (X11)", 200),
+        ("Host: 127.0.0.1:9900\nUser-Agent: Mozilla/5.0 (X11)\nSec-Fetch-Site: same-origin", 200),
+        ("Host: rebound.example\nUser-Agent: Mozilla/5.0 (X11)", 403),
+        ("Host: rebound.example\nOrigin: http://rebound.example", 403),
+        ("Host: rebound.example\nSec-Fetch-Site: same-origin", 403),
+    ] {
+        assert_eq!(unix.ask(&format!("GET /config HTTP/1.1\n{headers}")).await.0, status, "{headers}");
+    }
+}
+
+#[tokio::test]
 async fn a_token_and_its_rotation_count_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("token");
@@ -336,7 +367,7 @@ async fn a_token_and_its_rotation_count_at_once() {
     let old = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nAuthorization: Bearer old";
     let new = "POST /reload HTTP/1.1\nHost: localhost\nX-Preface: 1\nAuthorization: Bearer new";
     assert_eq!(admin.ask(new).await.0, 200, "no token is asked for");
-    admin.access.store(Arc::new(Access { token_file: Some(path.clone()), host_names: vec![] }));
+    admin.access.store(Arc::new(Access { token_file: Some(path.clone()) }));
     assert_eq!((admin.ask(new).await.0, admin.ask(old).await.0), (401, 422));
     std::fs::write(&path, "new").unwrap();
     assert_eq!((admin.ask(new).await.0, admin.ask(old).await.0), (200, 401));
@@ -412,8 +443,8 @@ const LET_IN: [(&str, [&str; 7]); 6] = [
     ("loopback, token", [".rc", ".r", ".r", ".r", ".r", ".", "."]),
     ("network, token", [".rc", ".", ".", ".r", ".r", ".r", ".r"]),
     ("network, no token", [".", ".", ".", ".", ".", ".", "."]),
-    ("unix", [".rc", ".rc", ".rc", ".r", ".r", ".rc", ".r"]),
-    ("unix, token", [".rc", ".r", ".r", ".r", ".r", ".rc", ".r"]),
+    ("unix", [".rc", ".rc", ".rc", ".r", ".r", ".rc", "."]),
+    ("unix, token", [".rc", ".r", ".r", ".r", ".r", ".rc", "."]),
 ];
 
 /// Every route there is, those of tomorrow included, against everyone who may call.
@@ -430,7 +461,7 @@ async fn each_route_lets_in_whom_its_guard_lets_in() {
             _ => socket(&place.replace(", ", "-")),
         };
         let token_file = place.ends_with(", token").then(|| file.clone());
-        let admin = served(&bind, Access { token_file, ..Access::default() });
+        let admin = served(&bind, Access { token_file });
         for ((caller, headers), let_in) in CALLERS.into_iter().zip(callers) {
             for Route { path, method, guard, .. } in routes() {
                 let status = status_of(&admin, &format!("{method} {} HTTP/1.1\n{headers}", concrete(path))).await;
@@ -516,7 +547,7 @@ async fn a_browser_gets_the_page_and_everything_else_the_list_of_paths() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("token");
     std::fs::write(&path, "s3cret").unwrap();
-    let access = Access { token_file: Some(path), ..Access::default() };
+    let access = Access { token_file: Some(path) };
     let admin = served("0.0.0.0:0", access);
     let browser = "GET / HTTP/1.1\nHost: lb.example\nAccept: text/html,application/xhtml+xml";
     let (status, page) = admin.ask(browser).await;

@@ -140,7 +140,7 @@ impl State {
             stays
         });
         let token_file = self.config.admin.token_file.clone();
-        self.access.store(Arc::new(Access { token_file, host_names: Vec::new() }));
+        self.access.store(Arc::new(Access { token_file }));
         let before = self.snapshot.load_full();
         self.store_next();
         self.listen(bound).await;
