@@ -83,6 +83,9 @@ fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
 
 /// Any input that `decode` takes, explained.
 fn explain_input(bytes: &[u8]) -> anyhow::Result<String> {
+    if bytes.is_empty() || bytes == b"\n" {
+        bail!("no input came: give a file, hex digits or a line of v1, or write a capture or a header into the pipe");
+    }
     if capture::is_capture(bytes) {
         return explain_capture(&capture::payloads(bytes)?);
     }
@@ -215,6 +218,7 @@ mod tests {
     #[test]
     fn errors_that_people_read() {
         let errors = [
+            explain_input(b""),
             explain_input(b"PROXY TCP4 198.51.100.22"),
             explain_input(b"220 mail.example.com ESMTP"),
             explain_input(b"56ec 00000000000000000000ffffc0000207"),
