@@ -124,7 +124,8 @@ async fn serve(
     state.own_socket_files();
     state.admin.announce(&admin_bind, taken.as_ref().and_then(|taken| taken.admin.as_ref()));
     state.warnings.extend(state.limit_warnings(&state.config));
-    let (watch, watch_warnings) = Watch::start(&state.path, file.hash);
+    let (watch, mut watch_warnings) = Watch::start(&state.path, file.hash);
+    watch_warnings.extend(token_warning(&state.config));
     for warning in state.warnings.iter().chain(&watch_warnings) {
         tracing::warn!(event = "config", warning);
     }
@@ -149,6 +150,16 @@ async fn serve(
     state.workers.drain(..).for_each(Worker::join);
     tracing::info!(event = "stop", "stopped");
     Ok(())
+}
+
+/// Every call that needs the token is refused while its file cannot be used; better to know it before.
+fn token_warning(config: &Config) -> Option<String> {
+    let path = config.admin.token_file.as_deref()?;
+    let error = admin::read_token(path).err()?;
+    Some(format!(
+        "admin.token_file {} cannot be used: {error}; until it can, calls that need it are refused",
+        path.display()
+    ))
 }
 
 fn start_state(

@@ -206,3 +206,10 @@ fn what_applies_at_the_next_start_is_said_until_then() {
     assert_eq!((&report["outcome"], &report["pending"]), (&json!("unchanged"), &json!([])), "{report}");
     assert_eq!(problems(&lb, "configuration").len(), 0);
 }
+
+#[test]
+fn a_token_file_that_cannot_be_used_is_said_at_the_start() {
+    let lb = preface(&format!("{}[admin]\ntoken_file = \"/nonexistent/token\"\n", config("\"127.0.0.1:9\"", "")));
+    let line = lb.log().wait_for("the warning", |line| line.contains("event=config"));
+    assert!(line.contains("admin.token_file /nonexistent/token cannot be used: No such file"), "{line}");
+}
