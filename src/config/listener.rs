@@ -54,6 +54,12 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenListener<'a> {
             Err(diagnostic) => section.note(*diagnostic),
         }
     }
+    if let Some(span) = section.written("keepalive").filter(|_| protocols == [Protocol::Udp])
+        && !section.text_is("keepalive", "off")
+    {
+        let message = format!("\"keepalive\" is for TCP and has no effect: {what} serves UDP");
+        section.note(Diagnostic::warning(&span, message));
+    }
     let allow = networks(section, "allow");
     if let Some(span) = section.empty_list("allow") {
         let diagnostic = Diagnostic::error(&span, format!("{what} lets nobody connect")).label("an empty list");
@@ -176,16 +182,20 @@ pub(super) fn resolve_binds(
     file: &Section<'_>,
     listeners: &mut [WrittenListener<'_>],
     admin: &Admin,
-    admin_span: &Span,
+    admin_section: &Section<'_>,
 ) {
     let mut all: Vec<Bound> = Vec::new();
-    let admin_bind = match &admin.bind {
-        AdminBind::Tcp(address) if address.port() == 0 => None,
-        AdminBind::Tcp(address) => Some(Bind::Ip(IpBind { address: *address, any: false, v6only: false })),
-        AdminBind::Unix(path) => Some(Bind::Unix(path.as_path().into())),
-    };
-    if let Some(bind) = admin_bind {
-        let (span, written, owner) = (admin_span.clone(), bind.to_string(), "the admin API".to_owned());
+    let probe_bind = admin.probe_bind.map(AdminBind::Tcp);
+    for (key, bind, owner) in
+        [("bind", Some(&admin.bind), "the admin API"), ("probe_bind", probe_bind.as_ref(), "probe_bind")]
+    {
+        let bind = match bind {
+            None => continue,
+            Some(AdminBind::Tcp(address)) if address.port() == 0 => continue,
+            Some(AdminBind::Tcp(address)) => Bind::Ip(IpBind { address: *address, any: false, v6only: false }),
+            Some(AdminBind::Unix(path)) => Bind::Unix(path.as_path().into()),
+        };
+        let (span, written, owner) = (admin_section.span_of(key), bind.to_string(), owner.to_owned());
         let protocols = vec![Protocol::Tcp];
         all.push(Bound { bind, span, written, owner, protocols, is_admin: true });
     }
@@ -230,7 +240,10 @@ fn bound_twice(first: &Bound, second: &Bound) -> Diagnostic {
             };
             format!("one address serves one listener: give one of them another {other}")
         }
-        None => "the admin API needs a port that no listener has on every address".to_owned(),
+        None => {
+            let admin = if first.is_admin { first } else { second };
+            format!("{} needs a port that nothing else has on every address", admin.owner)
+        }
     });
     match first.span.is_empty() {
         true => diagnostic.help(format!("without [admin] bind {} is at {:?}", first.owner, first.written)),

@@ -20,6 +20,9 @@ pub(super) struct WrittenPool<'a> {
     pub(super) name: Span,
     /// Where `proxy_protocol` stands, else the name.
     pub(super) proxy_protocol: Span,
+    /// Where `fast_open` stands, and `udp_header`.
+    pub(super) fast_open: Span,
+    pub(super) udp_header: Span,
     pub(super) tlvs: Section<'a>,
     /// As many as `pool.source`.
     pub(super) sources: Vec<Text<'a>>,
@@ -104,7 +107,9 @@ pub(super) fn read<'a>(section: &Section<'a>) -> WrittenPool<'a> {
     let (name, proxy_protocol) = (section.span.clone(), section.span_of("proxy_protocol"));
     let all_read = section.list_len("upstreams") == places.len();
     let unclear = !all_read || section.word_is_wrong("proxy_protocol") || places.iter().any(|place| place.unclear);
-    WrittenPool { pool, name, proxy_protocol, tlvs: tlvs_section, sources, upstreams: places, unclear }
+    let [fast_open, udp_header] = ["fast_open", "udp_header"].map(|key| section.span_of(key));
+    let (tlvs, upstreams) = (tlvs_section, places);
+    WrittenPool { pool, name, proxy_protocol, fast_open, udp_header, tlvs, sources, upstreams, unclear }
 }
 
 /// `proxy_protocol` as written.

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use toml::de::DeTable;
 
 use super::error::{Diagnostic, Diagnostics, Errors, Severity};
-use super::file::{Notes, Section, Text, nearest, quoted};
+use super::file::{Notes, Section, Span, Text, nearest, quoted};
 use super::hints::Surroundings;
 use super::listener::WrittenListener;
 use super::pool::{WrittenPool, WrittenUpstream};
 use super::tlvs::Levels;
 use super::{
-    Admin, AdminBind, Bind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime,
+    Admin, AdminBind, Bind, Config, HeaderFormat, Log, LogConnections, LogFormat, Parsed, Protocol, Runtime, UdpHeader,
     UpstreamAddress, address, hints, level, listener, pool, tlvs,
 };
 use crate::address::Address;
@@ -93,7 +93,7 @@ fn read(file: &Section<'_>, around: &Surroundings) -> Config {
         let diagnostic = Diagnostic::file_error("no listener is defined").if_whole();
         file.note(diagnostic.help("write [listeners.web] with bind = \":80\" and pool = \"NAME\", and [pools.NAME] with upstreams = [\"10.0.0.30:80\"]"));
     }
-    listener::resolve_binds(file, &mut listeners, &admin, &admin_section.span_of("bind"));
+    listener::resolve_binds(file, &mut listeners, &admin, &admin_section);
     for written in &listeners {
         check_pool_of(file, written, &pools);
     }
@@ -322,11 +322,29 @@ fn check_pool(file: &Section<'_>, written: &WrittenPool<'_>, listeners: &[Writte
         }
     }
     let users: Vec<_> = listeners.iter().filter(|listener| listener.listener.pool == pool.name).collect();
+    check_protocols(file, written, &users);
     if users.is_empty() {
         let diagnostic = Diagnostic::warning(&written.name, format!("no listener uses pool {:?}", pool.name));
         file.note(diagnostic.label("never used").if_whole());
     }
     tlvs::check_headers(file, &headers(written, &users));
+}
+
+/// What is for the other protocol than the pool's listeners serve.
+fn check_protocols(file: &Section<'_>, written: &WrittenPool<'_>, users: &[&WrittenListener<'_>]) {
+    let serves = |protocol| users.is_empty() || users.iter().any(|user| user.listener.serves(protocol));
+    let name = &written.pool.name;
+    let idle = |span: &Span, key: &str, is_for: &str, serves: &str| {
+        let message =
+            format!("{key:?} is for {is_for} and has no effect: every listener of pool {name:?} serves {serves}");
+        file.note(Diagnostic::warning(span, message).if_whole());
+    };
+    if written.pool.fast_open && !serves(Protocol::Tcp) {
+        idle(&written.fast_open, "fast_open", "TCP", "UDP");
+    }
+    if written.pool.udp_header != UdpHeader::EveryDatagram && !serves(Protocol::Udp) {
+        idle(&written.udp_header, "udp_header", "UDP", "TCP");
+    }
 }
 
 /// The TLVs of every header that the pool's upstreams can get.

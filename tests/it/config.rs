@@ -11,7 +11,7 @@ use preface::config::keys::{Default, FILE, Kind, Table};
 use preface::config::{self, AdminBind, Bind, CheckCommand, CheckHeader, Config, HeaderFormat, Parsed, Probe, Style};
 
 /// Files under `tests/broken`; each has a reviewed snapshot of what `check` says.
-const BROKEN_FILES: usize = 44;
+const BROKEN_FILES: usize = 46;
 
 fn files(directory: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).expect("the repository has it");
@@ -117,6 +117,27 @@ health_check = { protocol = "udp", expect = "PONG" }
 "#
     .replace("TEXT", &"x".repeat(1_025));
     insta::assert_snapshot!("warnings", parsed(&text).warnings.to_string());
+}
+
+#[test]
+fn what_is_for_the_other_protocol_is_said() {
+    let said = |protocol: &str, listener: &str, pool: &str| {
+        let text = format!(
+            "[listeners.a]\nbind = \":53\"\nprotocol = {protocol}\npool = \"p\"\n{listener}\n\
+             [pools.p]\nupstreams = [\"10.0.0.1:53\"]\n{pool}\n"
+        );
+        parsed(&text).warnings.to_string()
+    };
+    for (protocol, listener, pool, warning) in [
+        ("\"udp\"", "keepalive = \"30s\"", "", "\"keepalive\" is for TCP and has no effect: listener \"a\" serves UDP"),
+        ("\"udp\"", "", "fast_open = true", "\"fast_open\" is for TCP and has no effect"),
+        ("\"tcp\"", "", "udp_header = \"first_alone\"", "\"udp_header\" is for UDP and has no effect"),
+    ] {
+        assert!(said(protocol, listener, pool).contains(warning), "{}", said(protocol, listener, pool));
+        assert_eq!(said("[\"tcp\", \"udp\"]", listener, pool), "");
+    }
+    assert_eq!(said("\"udp\"", "keepalive = \"off\"", "fast_open = false"), "");
+    assert_eq!(said("\"tcp\"", "", "udp_header = \"every_datagram\""), "");
 }
 
 #[test]
