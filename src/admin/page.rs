@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 /// API that it came from. Nothing may frame it: its buttons drain production. A test says what the hashes must be.
 const POLICY: &str = "default-src 'none'; \
     script-src 'sha256-gzA/L8kDecqZJ0zlXzn4Tt2JV7eaC7YZsEJNXKi8zSU='; \
-    style-src 'sha256-V5RQWgRETXNwlqECe0gp00JbYAdjgv4s7iFUUmT7PYU='; \
+    style-src 'sha256-fsJ8V+u6YKiAmUNjmydTnpp4VF8G/uDG6701lkT/n8g='; \
     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const STYLE: &str = include_str!("page/style.css");
