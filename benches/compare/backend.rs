@@ -190,7 +190,8 @@ impl<'a> Server<'a> {
                     continue;
                 }
                 let index = token as usize;
-                let Some(connection) = self.connections[index].as_mut() else { continue };
+                // A closed one may be told of once more: a candidate that is being started has all descriptors for a moment.
+                let Some(connection) = self.connections.get_mut(index).and_then(Option::as_mut) else { continue };
                 // An error is the other side's reset: the generator says what it missed.
                 let next = serve(self.shared, &self.poller, connection, token, &mut self.buffer);
                 if next.unwrap_or(Next::Close) == Next::Close {
