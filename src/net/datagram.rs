@@ -449,7 +449,7 @@ mod tests {
     #[test]
     fn what_else_an_inherited_socket_was_asked_to_tell_is_in_nobodys_way() {
         let (socket, own) = bound("[::]:0");
-        let all_but_one = [
+        let asked_for = [
             (libc::SOL_SOCKET, libc::SO_TIMESTAMPING, 0x58),
             (libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1),
             (libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT, 1),
@@ -458,7 +458,7 @@ mod tests {
             (libc::IPPROTO_IPV6, libc::IPV6_RECVORIGDSTADDR, 1),
             (libc::IPPROTO_IPV6, libc::IPV6_RECVFRAGSIZE, 1),
         ];
-        for (level, option, value) in all_but_one {
+        for (level, option, value) in asked_for {
             set_option(&socket, level, option, value).unwrap();
         }
         let target = SocketAddr::new("::1".parse().unwrap(), own.port());
