@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use preface::proxy_protocol::{Tlv, Version};
@@ -317,6 +317,27 @@ fn a_client_that_resets_while_its_upstream_is_connected_to_gives_its_place_back(
     balancer.log().wait_for("its line", |line| line.ends_with(" end=client.relay.reset"));
     assert_eq!(open(), 0.0);
     assert_eq!(balancer.metric("preface_upstream_connect_failures_total", &[]), 0.0, "it was not the upstream");
+}
+
+#[test]
+fn a_client_that_half_closes_while_its_upstream_is_connected_to_still_gets_its_answer() {
+    let (listening, _queued, upstream) = blackhole();
+    let balancer = start("connect_timeout = \"15s\"\nconnect_deadline = \"15s\"", &[(upstream, "")]);
+    let mut client = connect(&balancer).unwrap();
+    client.write_all(b"question").and_then(|()| client.shutdown(Shutdown::Write)).unwrap();
+    let open = || balancer.metric("preface_upstream_connections_open", &[("upstream", &upstream.to_string())]);
+    eventually("the client's connection is on its way", || (open() == 1.0).then_some(()));
+    // Room for the SYN when it comes once more.
+    drop(listening.accept().unwrap());
+    let (mut server, _) = listening.accept().unwrap();
+    let mut asked = Vec::new();
+    server.read_to_end(&mut asked).unwrap();
+    assert!(asked.ends_with(b"question"), "{asked:?}");
+    server.write_all(b"answer").unwrap();
+    drop(server);
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "answer");
 }
 
 #[test]
